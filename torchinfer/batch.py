@@ -1,0 +1,33 @@
+"""The tensors of one step: flat and ragged, T tokens of R requests.
+
+Rows are ordered: requests that decode (one token each) first, then those with a chunk of their prompt. On XLA T and
+R are padded to buckets; a padded token has slot 0 (page 0 belongs to nobody), position 0 and the last row's index.
+
+      tokens of row r:  [query_start[r], query_start[r + 1])
+      its context:      [0, kv_length[r])     of which the last ones are these tokens
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Input of a forward pass. Page p holds slots [p * page_size, (p + 1) * page_size)."""
+
+    tokens: Tensor  # [T] int32
+    positions: Tensor  # [T] int32, from 0
+    slot: Tensor  # [T] int32, where this token's key and value go
+    row: Tensor  # [T] int32, the request row that each token belongs to
+    rope_length: Tensor  # [T] int32, max(prompt length, position + 1): what dynamic rope scaling looks at
+    query_start: Tensor  # [R + 1] int32
+    kv_length: Tensor  # [R] int32, 0 in padded rows
+    page_table: Tensor  # [R, max_pages] int32
+    page_size: int
+    # What the host knows without asking the device; None where shapes must not depend on it (XLA).
+    num_decodes: int | None = None  # rows [0, num_decodes) have one token each
+    max_decode_kv_length: int | None = None  # over those rows
+    prefills: tuple[tuple[int, int, int, int], ...] | None = None  # (row, first token, end token, kv_length)

@@ -1,0 +1,357 @@
+"""The `torchinfer` command: generate, serve, client, inspect.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
+Whatever takes long to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
+from torchinfer.errors import ConfigError, TorchinferError
+from torchinfer.flags import FlagSet
+from torchinfer.request import SamplingParams, TokenEvent, TokenLogprobs
+from torchinfer.serving.options import ServerOptions
+
+Prompt = str | Sequence[int] | list[dict[str, str]]
+
+ENGINE = FlagSet(
+    EngineConfig,
+    "engine options",
+    {
+        "model": "folder of a Hugging Face checkpoint",
+        "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
+        "dtype": "of weights and activations; auto: the checkpoint's",
+        "max_model_len": "tokens of prompt and output together (default: the model's context)",
+        "max_num_requests": "requests running at once, samples counted",
+        "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
+        "page_size": "tokens in a page of the KV cache, a power of two",
+        "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB "
+        "(default: by device)",
+        "prefix_cache": "keep the KV cache of prompts for later ones that begin alike",
+        "seed": "for requests that have no seed of their own",
+        "moe_mode": "experts: dropless, or capacity: what exceeds the capacity factor is dropped and counted",
+        "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
+        "compile_cache": "XLA: folder that keeps compiled programs between starts",
+        "progress": "progress bars on standard error, if it is a terminal",
+    },
+    choices={"device": DEVICES, "dtype": DTYPES, "moe_mode": MOE_MODES},
+    names={"seed": ("--engine-seed",), "max_num_requests": ("--max-num-requests", "--max-concurrent")},
+)
+
+SAMPLING = FlagSet(
+    SamplingParams,
+    "sampling options",
+    {
+        "max_tokens": "end after so many tokens",
+        "min_tokens": "no end of text before so many tokens",
+        "temperature": "0: greedy",
+        "top_k": "keep the K most probable tokens; 0 keeps all",
+        "top_p": "keep the most probable tokens that sum to this probability",
+        "min_p": "keep tokens at least this probable, relative to the most probable one",
+        "repetition_penalty": "on tokens seen in prompt and output",
+        "presence_penalty": "on tokens seen in the output",
+        "frequency_penalty": "on tokens seen in the output, times their number",
+        "logit_bias": "add BIAS to the logit of token ID; repeatable",
+        "seed": "same seed, same prompt: same text",
+        "n": "independent samples of each prompt",
+        "stop": "end before this text; repeatable",
+        "stop_token_ids": "end after this token; repeatable",
+        "ignore_eos": "go on after an end-of-text token",
+        "logprobs": "log-probabilities of each token and of the N most probable ones, with --json",
+        "prompt_logprobs": "the same for the tokens of the prompt, with --json",
+    },
+)
+
+SERVER = FlagSet(
+    ServerOptions,
+    "server options",
+    {
+        "host": "address to listen on; 127.0.0.1: this machine only",
+        "port": "0: any that is free",
+        "max_queue": "requests that may wait; more are refused with RESOURCE_EXHAUSTED",
+        "drain_seconds": "after SIGTERM, time for open requests to end by themselves",
+        "stream_interval_ms": "tokens within it share a message, the first goes at once; up to 100 with many open "
+        "streams; 0: each token by itself",
+        "max_message_bytes": "size limit of a request",
+        "max_connection_age_seconds": "then clients reconnect, and are balanced anew (default: never)",
+        "tls_cert": "PEM file with the server's certificate chain (default: no TLS)",
+        "tls_key": "PEM file with its key",
+        "tls_client_ca": "PEM file; clients must show a certificate that it signed",
+    },
+)
+
+GENERATE_EXAMPLES = """examples:
+  torchinfer generate --model path/to/checkpoint --prompt "The capital of France is" --max-tokens 20 --temperature 0
+  torchinfer generate --model path/to/checkpoint --chat --prompt "Name three rivers." --device cpu --dtype float32
+  torchinfer generate --model path/to/checkpoint --prompt-file question.txt --n 3 --json | jq .text"""
+
+SERVE_EXAMPLES = """examples:
+  torchinfer serve --model path/to/checkpoint
+  torchinfer serve --model path/to/checkpoint --port 9001 --max-concurrent 128 --max-queue 256
+  torchinfer serve --model path/to/checkpoint --tls-cert server.pem --tls-key server.key --tls-client-ca ca.pem
+
+The gRPC services are torchinfer.v1.Inference, grpc.health.v1.Health and reflection. SIGTERM or Ctrl-C lets open
+requests end, for --drain-seconds; a second one stops at once."""
+
+CLIENT_EXAMPLES = """examples:
+  torchinfer client --target localhost:9000 --prompt "The capital of France is" --max-tokens 20
+  torchinfer client --target example.org:443 --tls --chat --prompt "Name three rivers." --json"""
+
+INSPECT_EXAMPLES = """examples:
+  torchinfer inspect path/to/checkpoint
+  torchinfer inspect path/to/checkpoint --json | jq"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("torchinfer").setLevel(arguments.log_level.upper())
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\ntorchinfer: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if arguments.debug:
+            raise
+        print(f"torchinfer: error: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="torchinfer", description="Inference for PyTorch models on TPU, GPU and CPU.")
+    parser.add_argument("--version", action="version", version=f"torchinfer {version('torchinfer')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_serve(commands)
+    _add_client(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _command(commands, "generate", "complete prompts in this process", GENERATE_EXAMPLES)
+    parser.usage = "torchinfer generate --model DIR --prompt TEXT [options]"
+    _add_prompts(parser)
+    SAMPLING.add_to(parser)
+    ENGINE.add_to(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _command(commands, "serve", "serve a model over gRPC", SERVE_EXAMPLES, log_level="info")
+    parser.usage = "torchinfer serve --model DIR [options]"
+    SERVER.add_to(parser)
+    ENGINE.add_to(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _add_client(commands: Any) -> None:
+    parser = _command(commands, "client", "complete prompts on a server", CLIENT_EXAMPLES)
+    parser.usage = "torchinfer client --target HOST:PORT --prompt TEXT [options]"
+    _add_prompts(parser)
+    group = parser.add_argument_group("connection")
+    group.add_argument("--target", required=True, metavar="HOST:PORT", help="the server")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="for each prompt (default: none)")
+    group.add_argument("--tls", action="store_true", help="use TLS, with the usual roots if --tls-ca is not given")
+    group.add_argument("--tls-ca", metavar="PATH", help="PEM file with the roots to trust")
+    group.add_argument("--tls-cert", metavar="PATH", help="PEM file with a client certificate")
+    group.add_argument("--tls-key", metavar="PATH", help="PEM file with its key")
+    SAMPLING.add_to(parser)
+    parser.set_defaults(run=_client)
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _command(commands, "inspect", "tell what a checkpoint holds and needs", INSPECT_EXAMPLES)
+    parser.add_argument("model", metavar="DIR", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(run=_inspect)
+
+
+def _command(
+    commands: Any, name: str, summary: str, examples: str, log_level: str = "warning"
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log-level", choices=levels, default=log_level, help=f"(default: {log_level})")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(usage_error=parser.error)
+    return parser
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts", "at least one; all are answered in order")
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
+    group.add_argument(
+        "--prompt-file", action="append", default=[], metavar="FILE", help="one prompt, - is standard input; repeatable"
+    )
+    group.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message in the model's chat template"
+    )
+    group.add_argument("--json", action="store_true", help="one JSON object a sample, on its own line")
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    params = SamplingParams(**SAMPLING.values(arguments))
+    config = EngineConfig(**ENGINE.values(arguments))
+    prompts = _prompts(arguments)
+    from torchinfer.llm import LLM
+
+    with LLM(**{name: getattr(config, name) for name in ENGINE.values(arguments)}) as llm:
+        inputs: list[Prompt] = list(prompts)
+        if arguments.chat:
+            if llm.tokenizer is None:
+                raise ConfigError("--chat needs a model with a tokenizer, this one has none")
+            inputs = [llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in prompts]
+        start = time.perf_counter()
+        streams = [llm.stream(prompt, params) for prompt in inputs]  # all run together, the first is shown live
+        _show(zip(prompts, streams, strict=True), params.n, arguments.json, start)
+    return 0
+
+
+def _client(arguments: argparse.Namespace) -> int:
+    params = SamplingParams(**SAMPLING.values(arguments))
+    prompts = _prompts(arguments)
+    _require_grpc()
+    from torchinfer.serving.client import Client
+
+    tls = {name: getattr(arguments, name) for name in ("tls", "tls_ca", "tls_cert", "tls_key")}
+    with Client(arguments.target, **tls) as client:
+        inputs = [[{"role": "user", "content": text}] if arguments.chat else text for text in prompts]
+        streams = (client.generate(prompt, params, timeout=arguments.timeout) for prompt in inputs)
+        _show(zip(prompts, streams, strict=True), params.n, arguments.json, time.perf_counter())
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = EngineConfig(**ENGINE.values(arguments))
+    options = ServerOptions(**SERVER.values(arguments))
+    _require_grpc()
+    from torchinfer.serving.main import run_server
+
+    return run_server(config, options)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from torchinfer.loader.inspect import inspect
+
+    inspection = inspect(arguments.model)
+    print(json.dumps(inspection.to_dict(), indent=2) if arguments.json else inspection.to_text())
+    return 0
+
+
+@dataclass
+class _Sample:
+    prompt: str
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_match: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+    def add(self, event: TokenEvent) -> None:
+        self.text += event.text
+        self.token_ids += event.token_ids
+        if event.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + event.logprobs
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs = event.prompt_logprobs
+        if event.finish_reason is not None:
+            self.finish_reason, self.stop_match = event.finish_reason.value, event.stop_match
+
+
+def _show(streams: Iterable[tuple[str, Iterator[TokenEvent]]], n: int, as_json: bool, start: float) -> None:
+    """Print what the streams bring: live text of a single sample, else sample by sample; a summary on stderr."""
+    first_token, num_tokens, errors = None, 0, []
+    for number, (prompt, stream) in enumerate(streams):
+        samples = [_Sample(prompt, index) for index in range(n)]
+        is_live = n == 1 and not as_json
+        if is_live and number:
+            print(f"\n=== prompt {number + 1}")
+        for event in stream:
+            if event.token_ids and first_token is None:
+                first_token = time.perf_counter() - start
+            num_tokens += len(event.token_ids)
+            samples[event.index].add(event)
+            errors += [event.error] if event.error else []
+            if is_live:
+                print(event.text, end="", flush=True)
+        if is_live:
+            print()
+        for sample in [] if is_live else samples:
+            _print_sample(sample, number, as_json)
+    _print_summary(num_tokens, time.perf_counter() - start, first_token)
+    if errors:
+        raise TorchinferError(errors[0])
+
+
+def _print_sample(sample: _Sample, number: int, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(sample), ensure_ascii=False), flush=True)
+    else:
+        print(f"=== prompt {number + 1}, sample {sample.index + 1}\n{sample.text}", flush=True)
+
+
+def _print_summary(num_tokens: int, seconds: float, first_token: float | None) -> None:
+    waited = "" if first_token is None else f", first after {first_token * 1000:.0f} ms"
+    print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s{waited}", file=sys.stderr)
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts: list[str] = list(arguments.prompt)
+    for name in arguments.prompt_file:
+        try:
+            prompts.append(sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read --prompt-file {name}: {error}; it must be a text file in UTF-8") from error
+    if not prompts:
+        arguments.usage_error("there is no prompt; give --prompt TEXT or --prompt-file FILE")
+    return prompts
+
+
+def _require_grpc() -> None:
+    for name in ("grpc", "grpc_health", "grpc_reflection", "google.protobuf", "google.rpc"):
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error.name} is not installed; pip install torchinfer[serving]") from error
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, TorchinferError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""EngineConfig: every option of the engine, checked once, never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchinfer.errors import ConfigError, raise_all
+
+DEVICES = ("auto", "cpu", "cuda", "xla")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+MOE_MODES = ("dropless", "capacity")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine.
+
+    Raises:
+        ConfigError: with all options that are out of range, their values and rules.
+    """
+
+    model: str | Path  # folder of a Hugging Face checkpoint
+    device: str = "auto"  # the first of xla, cuda, cpu that is there
+    dtype: str = "auto"  # the checkpoint's
+    max_model_len: int | None = None  # tokens of prompt and output together; None: the model's context
+    max_num_requests: int = 64  # running at once, samples counted
+    max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
+    page_size: int = 16  # tokens
+    kv_cache_memory: float | int | None = None  # at most 1.0: share of the free memory; more: bytes; None: by device
+    prefix_cache: bool = True
+    seed: int = 0  # of requests that have none of their own
+    moe_mode: str = "dropless"  # or capacity: overflow beyond the capacity factor is dropped and counted
+    moe_capacity_factor: float = 1.25
+    compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
+    progress: bool = True  # progress bars on standard error, if it is a terminal
+
+    def __post_init__(self) -> None:
+        raise_all(_problems(self), ConfigError, "invalid engine configuration")
+
+
+def _problems(c: EngineConfig) -> list[str]:
+    found = []
+    for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("moe_mode", MOE_MODES)):
+        if getattr(c, name) not in allowed:
+            found.append(f"{name}={getattr(c, name)!r} must be one of {', '.join(allowed)}")
+    for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):
+        if getattr(c, name) < 1:
+            found.append(f"{name}={getattr(c, name)} must be at least 1")
+    if c.max_num_batched_tokens < c.max_num_requests:
+        found.append(
+            f"max_num_batched_tokens={c.max_num_batched_tokens} must be at least "
+            f"max_num_requests={c.max_num_requests}, so that every running request gets its token"
+        )
+    if c.page_size & (c.page_size - 1):
+        found.append(f"page_size={c.page_size} must be a power of two")
+    if c.max_model_len is not None and c.max_model_len < 2:
+        found.append(f"max_model_len={c.max_model_len} must be at least 2 (a prompt token and an output token)")
+    if c.kv_cache_memory is not None and not c.kv_cache_memory > 0:
+        found.append(f"kv_cache_memory={c.kv_cache_memory} must be a share in (0, 1] or a number of bytes")
+    if not c.moe_capacity_factor > 0:
+        found.append(f"moe_capacity_factor={c.moe_capacity_factor} must be positive")
+    return found

@@ -1,0 +1,106 @@
+"""Devices: which are there, how much memory they have, how to wait for them. The only file that imports torch_xla,
+besides kernels/tpu."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from torchinfer.errors import DeviceError
+
+DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `xla`. `auto` is a TPU if there is one, else a GPU, else the CPU.
+
+    Raises:
+        DeviceError: when the device is not there.
+    """
+    if name == "auto":
+        name = "xla" if _has_tpu() else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "xla":
+        return _xla_device()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device='cuda' was asked for, but torch sees no CUDA device; check the driver, or use cpu")
+    return torch.device(name)
+
+
+def _has_tpu() -> bool:
+    if os.environ.get("PJRT_DEVICE", "").upper() == "TPU":
+        return True
+    return importlib.util.find_spec("torch_xla") is not None and bool(list(Path("/dev").glob("accel[0-9]*")))
+
+
+def _xla_device() -> torch.device:
+    if importlib.util.find_spec("torch_xla") is None:
+        raise DeviceError("device='xla' needs torch_xla, which is not installed; pip install 'torchinfer[xla]'")
+    os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
+    import torch_xla
+
+    try:
+        return torch.device(torch_xla.device())
+    except RuntimeError as error:
+        raise DeviceError(f"XLA device {os.environ['PJRT_DEVICE']} cannot be started: {error}") from error
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Bytes that are free on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU":
+        import torch_xla.core.xla_model as xla_model
+
+        memory = xla_model.get_memory_info(str(device))
+        return int(memory["bytes_limit"]) - int(memory["bytes_used"])
+    return _free_host_bytes()
+
+
+def _free_host_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    fields = dict(line.split(":", 1) for line in lines)
+    if "MemAvailable" not in fields:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
+    return min(available, limit - used) if limit is not None and used is not None else available
+
+
+def _cgroup_number(name: str) -> int | None:
+    path = Path("/sys/fs/cgroup") / name
+    text = path.read_text().strip() if path.exists() else "max"
+    return int(text) if text.isdigit() else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xla":
+        import torch_xla.core.xla_model as xla_model
+
+        xla_model.wait_device_ops()
+
+
+def count_compilations() -> int:
+    """XLA programs compiled by this process, those read from the persistent cache not counted."""
+    import torch_xla.debug.metrics as metrics
+
+    return int(metrics.counter_value("UncachedCompile") or 0)
+
+
+def keep_compiled_programs(folder: Path) -> None:
+    """Keep XLA's compiled programs in a folder between processes. Call before the first program is compiled."""
+    import torch_xla.runtime
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_xla.runtime.initialize_cache(str(folder), readonly=False)
+
+
+def mark_as_donated(tensors: list[torch.Tensor]) -> None:
+    """Let the program that is being traced write these inputs in place."""
+    for tensor in tensors:
+        torch.ops.xla.dynamo_set_buffer_donor_(tensor, True)

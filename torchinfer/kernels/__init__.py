@@ -1,0 +1,117 @@
+"""The door: every op that has a device-specific port, with its contract.
+
+A caller imports ops from here and nothing of `kernels/` directly. `PORTS` says which backends have an op of their
+own; all others run `kernels/reference`, plain PyTorch, which is also the truth that ports are tested against.
+`TORCHINFER_KERNELS=reference` forces the reference everywhere, to bisect a wrong result.
+
+Letters: T tokens, R request rows, H query heads, K key-value heads, D head size, P pages, N rows, E experts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+
+from torch import Tensor
+
+from torchinfer.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
+PORTS: dict[str, tuple[str, ...]] = {
+    "rms_norm": (),
+    "rotary_embedding": (),
+    "gated_activation": (),
+    "write_kv_pages": (),
+    "paged_attention": ("tpu",),
+    "grouped_matmul": ("tpu",),
+}
+_loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
+
+
+def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
+    """Import every op's implementation for a device type, once; log those that fall back to the reference."""
+    if device_type not in _loaded:
+        backend = BACKENDS.get(device_type, "")
+        if os.environ.get("TORCHINFER_KERNELS") == "reference" and backend != "tpu":
+            backend = ""
+        table = {}
+        for op, backends in PORTS.items():
+            folder = backend if backend in backends else "reference"
+            table[op] = getattr(importlib.import_module(f"torchinfer.kernels.{folder}.{op}"), op)
+        fallbacks = [op for op, backends in PORTS.items() if backend not in backends]
+        logger.info("kernels for %s: reference for %s", device_type, ", ".join(fallbacks) or "none")
+        _loaded[device_type] = table
+    return _loaded[device_type]
+
+
+def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
+    device_type = x.device.type
+    if device_type not in _loaded:
+        load_ports(device_type)
+    return _loaded[device_type][op]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
+    """x / rms(x) * (weight + offset) over the last dimension, in float32; returns x's dtype.
+
+    x: [..., D]; weight: [D]. With offset 0 the normalized value is rounded to x's dtype before the multiplication
+    (Llama), with offset 1 after it (Gemma). Source: arXiv 1910.07467; transformers' LlamaRMSNorm, GemmaRMSNorm.
+    """
+    return _port("rms_norm", x)(x, weight, epsilon, offset)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:
+    """Rotate the first 2 * F values of each head by position; the others pass through.
+
+    x: [T, heads, D]; cos, sin: [T, F] float32. Interleaved pairs are (0, 1), (2, 3), ... (GPT-J); otherwise
+    (0, F), (1, F + 1), ... (Llama). Source: arXiv 2104.09864.
+    """
+    return _port("rotary_embedding", x)(x, cos, sin, is_interleaved)
+
+
+def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, with gate_up: [N, 2 * F] holding gate in its first half. Returns [N, F].
+
+    activation: silu, gelu, gelu_tanh.
+    """
+    return _port("gated_activation", gate_up)(gate_up, activation)
+
+
+def write_kv_pages(key: Tensor, value: Tensor, kv_cache: Tensor, slot: Tensor) -> Tensor:
+    """Write each token's key and value into its slot, in place, and return kv_cache.
+
+    key, value: [T, K, D]; kv_cache: [2, P, page_size, K, D] (keys, values); slot: [T] int32.
+    """
+    return _port("write_kv_pages", key)(key, value, kv_cache, slot)
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of each token over its request's pages, softmax in float32.
+
+    query: [T, H, D]; kv_cache: [2, P, page_size, K, D] with this step's keys and values already written.
+    A token at position p sees positions (p - window, p]. soft_cap c turns a score s into c * tanh(s / c).
+    Returns [T, H, D]; padded tokens hold arbitrary finite values.
+    Source: arXiv 2309.06180 (paged), 2604.15464 (ragged); Gemma 2 for the soft cap.
+    """
+    return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
+
+
+def grouped_matmul(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+    """x's rows, sorted by group, each times the transposed weight of its group.
+
+    x: [N, I]; weight: [E, O, I]; group_sizes: [E] int32 with sum at most N; rows past the sum return zeros.
+    Returns [N, O]. Source: arXiv 2211.15841.
+    """
+    return _port("grouped_matmul", x)(x, weight, group_sizes)

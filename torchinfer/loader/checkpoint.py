@@ -1,0 +1,206 @@
+"""A checkpoint folder as Hugging Face lays it out: config.json, safetensors shards, an index if they are several.
+
+`scan` reads names, shapes and places and no tensor; `Checkpoint.open` refuses a folder in which anything is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchinfer.errors import CheckpointError, raise_all
+from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_header, shorten
+from torchinfer.loader.storage import FileReader, FolderSource, is_inside
+from torchinfer.tokenizer import VOCABULARY_FILES
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder's configuration and the places of its tensors."""
+
+    source: FolderSource
+    config: dict[str, Any]
+    generation_config: dict[str, Any]  # empty when the folder has none
+    tensors: dict[str, TensorEntry]
+    has_tokenizer: bool
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read the configuration and all headers.
+
+        Raises:
+            CheckpointError: with everything that is missing, damaged or contradictory.
+        """
+        checkpoint, problems = scan(path)
+        raise_all(problems, CheckpointError, f"cannot open checkpoint {path}")
+        return checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, in the dtypes of the files."""
+        return sum(entry.num_bytes for entry in self.tensors.values())
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files that hold tensors, sorted."""
+        return sorted({entry.shard for entry in self.tensors.values()})
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the host, in the file's dtype, in memory of its own."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has")
+        entry = self.tensors[name]
+        with self.source.open(entry.shard) as reader:
+            return _read(reader, entry)
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """These tensors one after the other, in the order of their bytes: each file is read forward, through one
+        handle, as network storage likes it. Each tensor has memory of its own, so one that the caller drops is free."""
+        by_shard: dict[str, list[TensorEntry]] = {}
+        for name in names:
+            by_shard.setdefault(self.tensors[name].shard, []).append(self.tensors[name])
+        for shard, entries in sorted(by_shard.items()):
+            with self.source.open(shard) as reader:
+                for entry in sorted(entries, key=lambda entry: entry.offset):
+                    yield entry.name, _read(reader, entry)
+
+
+def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
+    """What can be read of a checkpoint, and all that is wrong with it.
+
+    Raises:
+        CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
+    """
+    source = FolderSource(path)
+    names = source.names()
+    problems: list[str] = []
+    config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
+    if CONFIG not in names:
+        problems.append(f"there is no {CONFIG}; pass the folder of a Hugging Face checkpoint ({_listing(names)})")
+    generation = _read_json(source, GENERATION_CONFIG, problems) if GENERATION_CONFIG in names else {}
+    tensors = _scan_tensors(source, names, problems)
+    has_tokenizer = any(name in names for name in VOCABULARY_FILES)
+    return Checkpoint(source, config, generation, tensors, has_tokenizer), problems
+
+
+def _read(reader: FileReader, entry: TensorEntry) -> Tensor:
+    memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
+    reader.read_into(entry.offset, memory.numpy().data)
+    return memory.view(entry.dtype).reshape(entry.shape)
+
+
+def _read_json(source: FolderSource, name: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        return parse_json(source.read(name, MAX_JSON_BYTES), name)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _scan_tensors(source: FolderSource, names: list[str], problems: list[str]) -> dict[str, TensorEntry]:
+    if INDEX in names:
+        return _scan_shards(source, names, problems)
+    if SINGLE in names:
+        return {entry.name: entry for entry in _read_header(source, SINGLE, problems) or ()}
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        problems.append(
+            f"the weights are pickle files ({', '.join(shorten(pickles, 3))}), which can run code when they are read "
+            "and are never read here; load them once with transformers' AutoModelForCausalLM.from_pretrained and "
+            "write safetensors with save_pretrained(folder, safe_serialization=True)"
+        )
+    else:
+        problems.append(f"there is neither {SINGLE} nor {INDEX} ({_listing(names)})")
+    return {}
+
+
+def _scan_shards(source: FolderSource, names: list[str], problems: list[str]) -> dict[str, TensorEntry]:
+    weight_map = _weight_map(source, problems)
+    shards = sorted(set(weight_map.values()))
+    if SINGLE in names and shards and SINGLE not in shards:
+        problems.append(
+            f"there is {SINGLE} and an {INDEX} that does not use it; it is unclear which of them is meant: remove one"
+        )
+    outside = [quoted(shard) for shard in shards if not is_inside(shard)]
+    if outside:
+        problems.append(
+            f"{INDEX} names files outside the folder: {', '.join(shorten(outside))}; names must be relative, without "
+            "'.' and '..' parts"
+        )
+    inside = [shard for shard in shards if is_inside(shard)]
+    missing = [shard for shard in inside if not (source.path / shard).is_file()]
+    if missing:
+        problems.append(
+            f"{len(missing)} of {len(shards)} shards that {INDEX} names are not there: {', '.join(shorten(missing))}; "
+            "download them"
+        )
+    headers = {shard: _read_header(source, shard, problems) for shard in inside if shard not in missing}
+    readable = {shard for shard, entries in headers.items() if entries is not None}
+    found = [entry for entries in headers.values() for entry in entries or ()]
+    _compare(weight_map, found, readable, problems)
+    return {entry.name: entry for entry in found}
+
+
+def _weight_map(source: FolderSource, problems: list[str]) -> dict[str, str]:
+    num_problems = len(problems)
+    index = _read_json(source, INDEX, problems)
+    if len(problems) > num_problems:
+        return {}
+    weight_map = index.get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        problems.append(f"weight_map of {INDEX} must map tensor names to file names; download {INDEX} again")
+        return {}
+    if not weight_map:
+        problems.append(f"{INDEX} has no weight_map with tensors in it; download it again")
+    return weight_map
+
+
+def _compare(weight_map: dict[str, str], entries: list[TensorEntry], readable: set[str], problems: list[str]) -> None:
+    """Both ways: each tensor of the index is in its shard, and each tensor of a shard is in the index."""
+    found = {(entry.name, entry.shard) for entry in entries}
+    absent = [
+        f"{quoted(name)} in {shard}"
+        for name, shard in weight_map.items()
+        if shard in readable and (name, shard) not in found
+    ]
+    unlisted = [
+        f"{quoted(entry.name)} in {entry.shard}" for entry in entries if weight_map.get(entry.name) != entry.shard
+    ]
+    if absent:
+        problems.append(
+            f"{len(absent)} tensors of {INDEX} are not in their shard: {', '.join(shorten(absent))}; the index and "
+            "the shards are of different versions: download both again"
+        )
+    if unlisted:
+        problems.append(
+            f"{len(unlisted)} tensors of the shards are not in {INDEX}, or it names another shard for them: "
+            f"{', '.join(shorten(unlisted))}; the index and the shards are of different versions: download both again"
+        )
+
+
+def _read_header(source: FolderSource, shard: str, problems: list[str]) -> list[TensorEntry] | None:
+    try:
+        return read_header(source, shard)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+def _listing(names: list[str]) -> str:
+    return f"the folder has {', '.join(shorten(names, 8))}" if names else "the folder has no files"

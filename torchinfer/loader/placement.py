@@ -1,0 +1,149 @@
+"""Which checkpoint tensor fills which part of which parameter, and what does not fit; no data is read.
+
+The tables are the model's (torchinfer/weight_map.py). A model's expected names come from its parameters: a pattern
+whose parameter a layer does not have (a bias, experts) expects nothing there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchinfer.loader.header import TensorEntry, quoted, shorten
+from torchinfer.weight_map import Target
+
+NUMBER = "0|[1-9][0-9]*"
+LOADABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one checkpoint tensor goes: a whole parameter, or rows of it, of one expert or of all there is."""
+
+    parameter: str
+    target: Target
+    expert: int | None
+    rows: slice | None
+
+    def part(self, parameter: Tensor) -> Tensor:
+        """The view of the parameter that the tensor fills."""
+        if self.expert is not None:
+            parameter = parameter[self.expert]
+        return parameter if self.rows is None else parameter[self.rows]
+
+
+def place(model: nn.Module, tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, Placement], list[str]]:
+    """The placement of each checkpoint tensor to be read, by its name, and all that does not fit.
+
+    A parameter with two names (tied) is filled from the first of them that the checkpoint has; the other's tensors
+    are known and left out.
+    """
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    expected = _expected(model, state)
+    chosen: dict[str, Placement] = {}
+    missing: list[str] = []
+    for names in tied_names(state):
+        complete = [name for name in names if expected[name] and all(tensor in tensors for tensor in expected[name])]
+        placements = expected[complete[0] if complete else names[0]]
+        chosen |= {name: placement for name, placement in placements.items() if name in tensors}
+        missing += [quoted(name) for name in placements if name not in tensors]
+        if not placements:
+            missing.append(
+                f"a tensor for parameter {names[0]!r}, which {type(model).__name__}.CHECKPOINT does not name"
+            )
+    known = {name for placements in expected.values() for name in placements}
+    unexpected = [quoted(name) for name in _unexpected(tensors, known, _ignored(model))]
+    problems = [*_listed(missing, "missing"), *_listed(unexpected, "unexpected")]
+    return chosen, [*problems, *_unfit(chosen, state, tensors)]
+
+
+def tied_names(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of each tensor; more than one where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, dict[str, Placement]]:
+    """Parameter -> checkpoint name -> placement."""
+    table: Mapping[str, Target] = model.CHECKPOINT  # type: ignore[assignment]
+    patterns = [(_regex(target.parameter), name, target) for name, target in table.items()]
+    expected: dict[str, dict[str, Placement]] = {parameter: {} for parameter in state}
+    for parameter, tensor in state.items():
+        for regex, pattern, target in patterns:
+            if match := regex.fullmatch(parameter):
+                rows = _rows(model, parameter, target)
+                for name, expert in _names(pattern, match.groupdict(), tensor):
+                    expected[parameter][name] = Placement(parameter, target, expert, rows)
+        filled = sum(placement.part(tensor).numel() for placement in expected[parameter].values())
+        assert filled in (0, tensor.numel()), f"CHECKPOINT and slots of {parameter} fill {filled} of {tensor.numel()}"
+    return expected
+
+
+def _names(pattern: str, numbers: Mapping[str, str], parameter: Tensor) -> Iterator[tuple[str, int | None]]:
+    """The checkpoint names that a pattern means for one parameter: one, or one for each expert."""
+    for placeholder, number in numbers.items():
+        pattern = pattern.replace(f"{{{placeholder}}}", number)
+    if "{expert}" not in pattern:
+        yield pattern, None
+        return
+    for expert in range(parameter.shape[0]):
+        yield pattern.replace("{expert}", str(expert)), expert
+
+
+def _rows(model: nn.Module, parameter: str, target: Target) -> slice | None:
+    if target.slot is None:
+        return None
+    slots: Mapping[str, slice] = model.get_submodule(parameter.rpartition(".")[0]).slots  # type: ignore[assignment]
+    return slots[target.slot]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern)
+    for placeholder in ("layer", "expert"):
+        escaped = escaped.replace(rf"\{{{placeholder}\}}", f"(?P<{placeholder}>{NUMBER})")
+    return re.compile(escaped)
+
+
+def _ignored(model: nn.Module) -> list[re.Pattern[str]]:
+    patterns: Iterable[str] = model.IGNORED  # type: ignore[assignment]
+    return [_regex(pattern) for pattern in patterns]
+
+
+def _unexpected(names: Iterable[str], known: set[str], ignored: list[re.Pattern[str]]) -> list[str]:
+    return [name for name in names if name not in known and not any(regex.fullmatch(name) for regex in ignored)]
+
+
+def _unfit(
+    chosen: Mapping[str, Placement], state: Mapping[str, Tensor], tensors: Mapping[str, TensorEntry]
+) -> list[str]:
+    shapes, dtypes = [], []
+    for name, placement in chosen.items():
+        parameter, entry = state[placement.parameter], tensors[name]
+        shape = list(placement.part(parameter).shape)
+        if shape != list(entry.shape):
+            shapes.append(f"{quoted(name)} has {list(entry.shape)}, the model needs {shape}")
+        if parameter.is_floating_point() and entry.dtype not in LOADABLE:
+            dtypes.append(
+                f"{quoted(name)} has {dtype_name(entry.dtype)}, float16, bfloat16, float32 or float64 is needed"
+            )
+        elif not parameter.is_floating_point() and entry.dtype != parameter.dtype:
+            dtypes.append(f"{quoted(name)} has {dtype_name(entry.dtype)}, {dtype_name(parameter.dtype)} is needed")
+    return [*_listed(shapes, "of the wrong shape"), *_listed(dtypes, "of the wrong dtype")]
+
+
+def _listed(items: list[str], what: str) -> list[str]:
+    """One line for all tensors with the same fault."""
+    if not items:
+        return []
+    return [f"{len(items)} {'tensor' if len(items) == 1 else 'tensors'} {what}: {'; '.join(shorten(items))}"]

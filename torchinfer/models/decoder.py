@@ -1,0 +1,73 @@
+"""What all models share: embedding, a stack of blocks, a final norm and the head that gives logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchinfer.batch import Batch
+from torchinfer.models.config import ModelConfig
+from torchinfer.models.layers import Embedding, Linear
+from torchinfer.models.rope import Rope
+from torchinfer.weight_map import Target
+
+HEAD = "lm_head.weight"
+
+
+class Decoder(nn.Module):
+    """A decoder whose subclass says which block it is made of and what the checkpoint calls its tensors.
+
+    CHECKPOINT, IGNORED: see torchinfer/weight_map.py.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        block: Callable[[ModelConfig, int], nn.Module],
+        norm: nn.Module,
+        checkpoint: Mapping[str, Target],
+        ignored: tuple[str, ...] = (),
+        *,
+        has_head_bias: bool = False,
+        embedding_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
+        self.norm = norm
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, has_head_bias)
+        self.rope = Rope(config.rope)
+        self.local_rope = Rope(config.local_rope) if config.local_rope is not None else None
+        self.embedding_scale = embedding_scale
+        # Some checkpoints hold the shared table twice.
+        unused = (HEAD,) if config.tie_embeddings else ()
+        self.CHECKPOINT = {name: target for name, target in checkpoint.items() if name not in unused}
+        self.IGNORED = (*ignored, *unused)
+
+    def forward(self, batch: Batch, kv_caches: list[Tensor]) -> Tensor:
+        """Final hidden states [T, hidden] of a step; each kv_caches[layer], [2, P, page_size, K, D], is written."""
+        rope = self.rope(batch)
+        local_rope = rope if self.local_rope is None else self.local_rope(batch)
+        x = self._embed(batch.tokens)
+        for block, kv_cache, window in zip(self.layers, kv_caches, self.config.windows, strict=True):
+            x = block(x, rope if window is None else local_rope, kv_cache, batch)
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, hidden] of forward's result -> [N, vocab] float32."""
+        scores = functional.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+        scores = scores.float()
+        cap = self.config.logit_soft_cap
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        if self.embedding_scale is None:
+            return x
+        # Rounded to the model's dtype first, as Gemma was trained.
+        return x * torch.full((), self.embedding_scale, dtype=x.dtype, device=x.device)

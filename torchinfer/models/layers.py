@@ -1,0 +1,151 @@
+"""The layers that models are built of. Parameters are empty until the loader fills them.
+
+Letters: T tokens, H query heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchinfer import kernels
+from torchinfer.batch import Batch
+from torchinfer.models.config import ModelConfig
+
+
+class Layer(nn.Module):
+    """A module whose call gives a tensor; nn.Module leaves that open."""
+
+    __call__: Callable[..., Tensor]
+
+
+class Linear(Layer):
+    """x @ weight.T + bias. `outputs` names the parts of a merged matrix: {"q": 512, "k": 128, "v": 128}."""
+
+    def __init__(self, in_features: int, outputs: int | Mapping[str, int], has_bias: bool = False) -> None:
+        super().__init__()
+        sizes = [outputs] if isinstance(outputs, int) else list(outputs.values())
+        names = [] if isinstance(outputs, int) else list(outputs)
+        ends = list(accumulate(sizes))
+        self.slots = {name: slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=bool(names))}
+        self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class Embedding(Layer):
+    """Rows of a table."""
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[T] int32 -> [T, size]."""
+        return functional.embedding(tokens, self.weight)
+
+
+class RMSNorm(Layer):
+    """Root mean square norm over the last dimension; `offset` is added to the weight (1 in Gemma)."""
+
+    def __init__(self, size: int, epsilon: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.epsilon, self.offset = epsilon, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return kernels.rms_norm(x, self.weight, self.epsilon, self.offset)
+
+
+class LayerNorm(Layer):
+    """Mean and variance norm over the last dimension, with bias."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class Attention(Layer):
+    """Self-attention over the paged cache, with rotary embedding; q, k and v come out of one matrix."""
+
+    def __init__(self, config: ModelConfig, layer: int, norm_offset: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        parts = {"q": query_size, "k": kv_size, "v": kv_size}
+        self.qkv = Linear(config.hidden_size, parts, config.attention_bias)
+        self.output = Linear(query_size, config.hidden_size, config.output_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_epsilon, norm_offset) if config.has_qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_epsilon, norm_offset) if config.has_qk_norm else None
+        self.scale, self.soft_cap = config.attention_scale, config.attention_soft_cap
+        self.window = config.windows[layer]
+        self.is_interleaved = config.rope.is_interleaved
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: Tensor, batch: Batch) -> Tensor:
+        """[T, hidden] -> [T, hidden]; writes this step's keys and values into kv_cache."""
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
+        query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
+        query, key = self._rotate(query_key, rope)
+        kv_cache = kernels.write_kv_pages(key, value, kv_cache, batch.slot)
+        attended = kernels.paged_attention(
+            query, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
+        )
+        return self.output(attended.flatten(1))
+
+    def _rotate(self, query_key: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """[T, H + K, D] -> rotated query [T, H, D] and key [T, K, D], in one call."""
+        sizes = (self.num_heads, self.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = query_key.split_with_sizes(sizes, 1)
+            query_key = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
+        query, key = kernels.rotary_embedding(query_key, *rope, self.is_interleaved).split_with_sizes(sizes, 1)
+        return query, key
+
+
+class GatedMLP(Layer):
+    """down(activation(gate(x)) * up(x)); gate and up come out of one matrix."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, has_bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, {"gate": intermediate_size, "up": intermediate_size}, has_bias)
+        self.down = Linear(intermediate_size, hidden_size, has_bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return self.down(kernels.gated_activation(self.gate_up(x), self.activation))
+
+
+class MLP(Layer):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return self.down(activate(self.up(x), self.activation))
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """silu, gelu or gelu_tanh of each value."""
+    if activation == "silu":
+        return functional.silu(x)
+    return functional.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])

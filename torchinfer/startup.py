@@ -1,0 +1,157 @@
+"""From an EngineConfig to a warm engine: checkpoint, device, weights, cache, runner, in this order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchinfer import kernels
+from torchinfer.config import EngineConfig
+from torchinfer.device import DEFAULT_CACHE_SHARE, free_memory_bytes, resolve_device
+from torchinfer.engine import Engine, ModelInfo
+from torchinfer.errors import CheckpointError, ConfigError
+from torchinfer.kv_cache.pages import PagePool
+from torchinfer.kv_cache.prefix import PrefixCache
+from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages
+from torchinfer.loader import load_model
+from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.models.config import ModelConfig
+from torchinfer.runner import EagerRunner, Runner
+from torchinfer.scheduler import Scheduler
+from torchinfer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def start_engine(config: EngineConfig) -> Engine:
+    """Load the checkpoint, allocate the cache, compile what has to be compiled.
+
+    Raises:
+        CheckpointError, ConfigError, DeviceError: what does not fit, before the memory for it is taken if possible.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    model_config = ModelConfig.from_dict(checkpoint.config)
+    max_model_len = _resolve_max_model_len(config, model_config)
+    device = resolve_device(config.device)
+    dtype = _resolve_dtype(config.dtype, checkpoint.config)
+    tokenizer = Tokenizer.from_folder(Path(config.model))
+    model = load_model(
+        checkpoint,
+        model_config,
+        dtype,
+        device,
+        moe_mode=config.moe_mode,
+        moe_capacity_factor=config.moe_capacity_factor,
+        progress=config.progress,
+    )
+    num_pages = _resolve_num_pages(config, model_config, dtype, device, max_model_len)
+    kernels.load_ports(device.type)
+    kv_caches = allocate(model_config, num_pages, config.page_size, dtype, device)
+    scheduler = _scheduler(config, model_config, num_pages, max_model_len)
+    runner = _runner(config, model, kv_caches, device, max_model_len)
+    runner.warm_up(config.progress)
+    info = ModelInfo(
+        name=Path(config.model).resolve().name,
+        architecture=model_config.architecture,
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        vocab_size=model_config.vocab_size,
+        max_model_len=max_model_len,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_num_requests=config.max_num_requests,
+        eos_token_ids=tuple(_eos_token_ids(checkpoint, tokenizer)),
+        has_tokenizer=tokenizer is not None,
+    )
+    return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_model_len: int) -> Scheduler:
+    pool = PagePool(num_pages)
+    has_prefix_cache = config.prefix_cache
+    if has_prefix_cache and model.rope_depends_on_length:
+        logger.info("prefix cache off: with dynamic rope scaling, keys depend on the whole prompt's length")
+        has_prefix_cache = False
+    return Scheduler(
+        pool,
+        page_size=config.page_size,
+        max_num_requests=config.max_num_requests,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        prefix_cache=PrefixCache(pool, config.page_size) if has_prefix_cache else None,
+    )
+
+
+def _runner(
+    config: EngineConfig, model: nn.Module, kv_caches: list[torch.Tensor], device: torch.device, max_model_len: int
+) -> Runner:
+    if device.type != "xla":
+        return EagerRunner(model, kv_caches, config.page_size, device)
+    from torchinfer.xla_runner import XlaRunner
+
+    return XlaRunner(
+        model,
+        kv_caches,
+        config.page_size,
+        device,
+        table_width=-(-max_model_len // config.page_size),
+        max_num_requests=config.max_num_requests,
+        max_num_tokens=config.max_num_batched_tokens,
+        compile_cache=config.compile_cache,
+    )
+
+
+def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    length = config.max_model_len or model.context_length
+    if length > model.context_length:
+        raise ConfigError(
+            f"max_model_len={length} exceeds the model's context of {model.context_length} tokens "
+            f"(max_position_embeddings with its rope scaling); use at most that"
+        )
+    return length
+
+
+def _resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+    if name == "auto":
+        name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(f"config.json has dtype {name!r}; give dtype as one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _resolve_num_pages(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    memory = config.kv_cache_memory
+    free = free_memory_bytes(device)
+    share = DEFAULT_CACHE_SHARE[device.type] if memory is None else memory
+    budget = int(share * free) if share <= 1 else int(share)
+    if budget > free:
+        raise ConfigError(
+            f"kv_cache_memory={budget} bytes ({budget / MIB:.0f} MiB) exceeds the {free} bytes ({free / MIB:.0f} MiB) "
+            f"that are free on {device.type} after the weights; ask for less, or for a share such as 0.8"
+        )
+    bytes_per_page = page_bytes(model, config.page_size, dtype)
+    num_pages = plan_num_pages(budget, bytes_per_page, config.page_size, max_model_len, config.max_num_requests)
+    size = num_pages * bytes_per_page / MIB
+    logger.info("KV cache: %d pages of %d tokens, %.1f MiB", num_pages, config.page_size, size)
+    return num_pages
+
+
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Iterator[int]:
+    """From generation_config.json, else config.json, else the tokenizer."""
+    for source in (checkpoint.generation_config, checkpoint.config):
+        ids = source.get("eos_token_id")
+        if ids is not None:
+            yield from ids if isinstance(ids, list) else [ids]
+            return
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        yield tokenizer.eos_token_id

@@ -1,0 +1,218 @@
+"""Runs plans on XLA: a few compiled programs per bucket, all compiled at the start.
+
+    forward   (T, R)  step, last ids -> hidden [T, H], logits [R, V]; writes the caches in place
+    sample    (R)     logits -> ids, greedy or with all sampling parameters
+    edit      (R)     logits and EDITS_AT_A_TIME edits -> logits
+    logprobs  (R)     logits, ids -> log-probabilities
+    head      (T)     hidden, rows -> logits, for prompt log-probabilities
+
+Token counts are padded to powers of two from 16, request counts from 8. A compilation after the warm-up is a bug:
+`num_compilations` counts them all.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torchinfer.device import count_compilations, keep_compiled_programs, mark_as_donated, synchronize
+from torchinfer.logit_edits import LogitEdits, collect_edits
+from torchinfer.request import MAX_LOGPROBS
+from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
+from torchinfer.sampler import LogprobTensors, SamplingTensors, apply_edits, greedy, logprobs_of, sample
+from torchinfer.scheduler import Chunk, Plan
+from torchinfer.step_input import Ints, StepShape, pack, split_sampling, unpack
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKENS = 16
+MIN_REQUESTS = 8
+EDITS_AT_A_TIME = 1024
+
+
+def buckets(smallest: int, largest: int) -> list[int]:
+    """Powers of two from `smallest` up to the first that holds `largest`."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+class XlaRunner:
+    """Padded shapes, compiled with torch.compile(backend="openxla")."""
+
+    overlaps = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kv_caches: list[Tensor],
+        page_size: int,
+        device: torch.device,
+        *,
+        table_width: int,
+        max_num_requests: int,
+        max_num_tokens: int,
+        compile_cache: str | Path | None,
+    ) -> None:
+        if compile_cache is not None:
+            keep_compiled_programs(Path(compile_cache))
+        self._model = model
+        self._kv_caches = kv_caches
+        self._page_size = page_size
+        self._device = device
+        self._table_width = table_width
+        self._token_buckets = buckets(MIN_TOKENS, max_num_tokens)
+        self._request_buckets = buckets(MIN_REQUESTS, max_num_requests)
+        self._num_last_ids = self._request_buckets[-1]
+        self._last_ids = torch.zeros(self._num_last_ids, dtype=torch.int32, device=device)
+        num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, num_graphs)
+        self._forward = _compiled(self._forward_eager)
+        self._head = _compiled(self._head_eager)
+        self._sample = _compiled(self._sample_eager)
+        self._greedy = _compiled(self._greedy_eager)
+        self._edit_chunk = _compiled(apply_edits)
+        self._logprobs = _compiled(_logprobs_eager)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled since the process started."""
+        return count_compilations()
+
+    def shapes(self) -> Iterator[StepShape]:
+        """Every shape a step can have: a request has at least one token."""
+        for num_requests in self._request_buckets:
+            for num_tokens in self._token_buckets:
+                if num_tokens >= num_requests or num_tokens == self._token_buckets[-1]:
+                    yield StepShape(num_tokens, num_requests, self._table_width)
+
+    @torch.no_grad()
+    def warm_up(self, progress: bool) -> None:
+        """Compile every program, the largest first, so that a lack of memory shows at once."""
+        shapes = sorted(self.shapes(), key=lambda s: (s.num_tokens, s.num_requests), reverse=True)
+        for shape in tqdm(shapes, desc="compiling", unit="program", disable=None if progress else True):
+            logits, hidden = self._run_forward(np.zeros(shape.size, np.int32), shape)
+            if shape.num_requests == self._request_buckets[0]:
+                self._prompt_rows(hidden, 0, [0], 0)
+            if shape.num_tokens == max(s.num_tokens for s in shapes if s.num_requests == shape.num_requests):
+                self._warm_up_sampling(logits)
+            synchronize(self._device)
+        logger.info("compiled programs for %d shapes: %d compilations", len(shapes), self.num_compilations)
+
+    def _warm_up_sampling(self, logits: Tensor) -> None:
+        num_requests = logits.shape[0]
+        one = np.zeros(1, np.int32)
+        edits = LogitEdits(one, one, one.astype(np.float32) + 1, one.astype(np.float32))
+        for each in (logits, self._edit(logits, edits)):
+            self._last_ids = self._greedy(each)
+            self._last_ids = self._sample(each, *self._send_sampling(np.zeros(5 * num_requests, np.int32)))
+            self._logprobs(each, self._last_ids)
+
+    @torch.no_grad()
+    def launch(self, plan: Plan, page_table: Ints) -> Launched:
+        shape = self._shape(plan)
+        packed = pack(plan, page_table, self._page_size, shape).packed
+        logits, hidden = self._run_forward(packed, shape)
+        sampled = plan.sampled
+        edited = self._edit(logits, collect_edits(sampled))
+        if plan.all_greedy:
+            ids = self._greedy(edited)
+        else:
+            ids = self._sample(edited, *self._send_sampling(packed[shape.num_forward :]))
+        self._last_ids = ids
+        wants_logprobs = any(s.params.logprobs is not None for s in sampled)
+        logprobs = self._logprobs(logits, ids) if wants_logprobs else None
+        return Launched(plan, ids, logprobs, self._prompt_logprobs(hidden, plan))
+
+    def collect(self, launched: Launched) -> StepOutput:
+        return to_output(launched)
+
+    def num_dropped_expert_tokens(self) -> int:
+        return count_dropped(self._model)
+
+    def _shape(self, plan: Plan) -> StepShape:
+        num_requests = len(plan.decodes) + len(plan.chunks)
+        padded_requests = next(size for size in self._request_buckets if size >= num_requests)
+        at_least = max(plan.num_tokens, min(padded_requests, self._token_buckets[-1]))
+        return StepShape(
+            next(size for size in self._token_buckets if size >= at_least), padded_requests, self._table_width
+        )
+
+    def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
+        ints = torch.from_numpy(packed[: shape.num_forward]).to(self._device)
+        logits, hidden = self._forward(ints, self._last_ids, shape)
+        return logits, hidden
+
+    def _send_sampling(self, sampling: Ints) -> tuple[Tensor, Tensor]:
+        """In two pieces: XLA has no view of int32 as float32 through torch."""
+        top_k, reals = split_sampling(sampling)
+        return torch.from_numpy(top_k).to(self._device), torch.from_numpy(reals).to(self._device)
+
+    def _edit(self, logits: Tensor, edits: LogitEdits | None) -> Tensor:
+        """Apply edits in pieces of one size; the last piece repeats its first edit, which changes nothing."""
+        if edits is None:
+            return logits
+        edited = logits
+        for start in range(0, len(edits.row), EDITS_AT_A_TIME):
+            here = np.arange(start, start + EDITS_AT_A_TIME)
+            here[here >= len(edits.row)] = start
+            arrays = (edits.row[here], edits.token[here], edits.factor[here], edits.addend[here])
+            edited = self._edit_chunk(edited, *(torch.from_numpy(array).to(self._device) for array in arrays))
+        return edited
+
+    def _prompt_logprobs(self, hidden: Tensor, plan: Plan) -> list[tuple[Chunk, LogprobTensors]]:
+        found = []
+        at = len(plan.decodes)
+        for chunk in plan.chunks:
+            next_ids = prompt_targets(chunk)
+            for start in range(0, len(next_ids), MIN_REQUESTS):
+                ids = next_ids[start : start + MIN_REQUESTS]
+                first = chunk.start + start
+                part = Chunk(chunk.sequence, first, first + len(ids), False)
+                found.append((part, self._prompt_rows(hidden, at + start, ids, len(ids))))
+            at += chunk.end - chunk.start
+        return found
+
+    def _prompt_rows(self, hidden: Tensor, start: int, ids: list[int], count: int) -> LogprobTensors:
+        rows = np.full(MIN_REQUESTS, start, np.int32)
+        rows[:count] = np.arange(start, start + count)
+        targets = np.zeros(self._num_last_ids, np.int32)
+        targets[: len(ids)] = ids
+        logits = self._head(hidden, torch.from_numpy(rows).to(self._device))
+        return self._logprobs(logits, torch.from_numpy(targets).to(self._device))
+
+    def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
+        mark_as_donated(self._kv_caches)
+        step = unpack(ints, shape, self._page_size, None).fed(last_ids)
+        hidden = self._model(step.batch, self._kv_caches)
+        return self._model.logits(hidden[step.sample_index]), hidden
+
+    def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return self._model.logits(hidden[rows])
+
+    def _greedy_eager(self, logits: Tensor) -> Tensor:
+        return self._pad_ids(greedy(logits))
+
+    def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
+        temperature, top_p, min_p, uniform = reals.unbind()
+        params = SamplingTensors(temperature, top_k, top_p, min_p, uniform)
+        return self._pad_ids(sample(logits, params, any_filter=True))
+
+    def _pad_ids(self, ids: Tensor) -> Tensor:
+        """One size for the next step's feed, whatever the bucket."""
+        return nn.functional.pad(ids, (0, self._num_last_ids - ids.shape[0]))
+
+
+def _logprobs_eager(logits: Tensor, token_ids: Tensor) -> LogprobTensors:
+    return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
+
+
+def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+    return torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
