@@ -10,13 +10,14 @@ package_dir = {f"torchinfer.kernels.{name}": f"kernels/{name}" for name in KERNE
 package_dir["torchinfer.serving"] = "serving"
 
 SERVING = [
-    "googleapis-common-protos>=1.66",
+    "googleapis-common-protos>=1.70",
     "grpcio>=1.72.1",  # not older than grpcio-tools, which writes this minimum into the generated code
     "grpcio-health-checking>=1.72.1",
     "grpcio-reflection>=1.72.1",
     "protobuf>=6.30.0",  # 6 or 7: both run the code that this version generates
 ]
-XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]  # and torchax==0.0.7, without its dependencies
+# And torchax==0.0.7, which pip must install without its dependencies: scripts/install does.
+XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]
 DEV = [
     *SERVING,
     "grpcio-tools==1.72.1",

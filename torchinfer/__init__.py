@@ -1,6 +1,8 @@
 """torchinfer: inference for PyTorch models on TPU, GPU and CPU."""
 
-from torchinfer.async_engine import AsyncEngine, EventStream
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from torchinfer.config import EngineConfig
 from torchinfer.errors import (
     CheckpointError,
@@ -12,8 +14,11 @@ from torchinfer.errors import (
     TorchinferError,
     UnsupportedModelError,
 )
-from torchinfer.llm import LLM, Output
 from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs, Usage
+
+if TYPE_CHECKING:
+    from torchinfer.async_engine import AsyncEngine, EventStream
+    from torchinfer.llm import LLM, Output
 
 __version__ = "0.1.0"
 
@@ -39,3 +44,21 @@ __all__ = [
     "Usage",
     "__version__",
 ]
+
+# Imported when first asked for: they bring torch, which `torchinfer --help` and clients can do without.
+_LAZY = {
+    "LLM": "torchinfer.llm",
+    "Output": "torchinfer.llm",
+    "AsyncEngine": "torchinfer.async_engine",
+    "EventStream": "torchinfer.async_engine",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'torchinfer' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

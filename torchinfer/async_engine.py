@@ -137,7 +137,7 @@ class AsyncEngine:
 
     def _check_open(self, request_id: str) -> None:
         if self.failure is not None:
-            raise EngineError(f"the engine has stopped: {self.failure}")
+            raise EngineError(f"no new requests: {self.failure}")
         if request_id in self._streams:
             raise RequestError(f"request_id={request_id!r} is open already; use another one or wait for it")
         if len(self._streams) >= self._max_open:
@@ -149,10 +149,10 @@ class AsyncEngine:
         try:
             while self._take_commands():
                 self._deliver(self._engine.step())
-            self._stop("it was closed")
+            self._stop("the engine was closed")
         except Exception as error:
             logger.exception("a step failed; the engine stops")
-            self._stop(f"a step failed: {type(error).__name__}: {error}")
+            self._stop(f"a step of the engine failed: {type(error).__name__}: {error}")
 
     def _take_commands(self) -> bool:
         """Run what was asked for; wait while there is no work. False when the engine was closed."""

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
-from torchinfer.errors import ConfigError, TorchinferError
+from torchinfer.errors import ConfigError, EngineError, TorchinferError
 from torchinfer.flags import FlagSet
 from torchinfer.request import SamplingParams, TokenEvent, TokenLogprobs
 from torchinfer.serving.options import ServerOptions
-
-Prompt = str | Sequence[int] | list[dict[str, str]]
 
 ENGINE = FlagSet(
     EngineConfig,
@@ -225,15 +223,14 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     from torchinfer.llm import LLM
 
-    with LLM(**{name: getattr(config, name) for name in ENGINE.values(arguments)}) as llm:
-        inputs: list[Prompt] = list(prompts)
+    with LLM(**asdict(config)) as llm:
+        inputs: list[str | Sequence[int]] = list(prompts)
         if arguments.chat:
             if llm.tokenizer is None:
                 raise ConfigError("--chat needs a model with a tokenizer, this one has none")
             inputs = [llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in prompts]
-        start = time.perf_counter()
         streams = [llm.stream(prompt, params) for prompt in inputs]  # all run together, the first is shown live
-        _show(zip(prompts, streams, strict=True), params.n, arguments.json, start)
+        _show(prompts, streams, params.n, arguments.json)
     return 0
 
 
@@ -247,7 +244,7 @@ def _client(arguments: argparse.Namespace) -> int:
     with Client(arguments.target, **tls) as client:
         inputs = [[{"role": "user", "content": text}] if arguments.chat else text for text in prompts]
         streams = (client.generate(prompt, params, timeout=arguments.timeout) for prompt in inputs)
-        _show(zip(prompts, streams, strict=True), params.n, arguments.json, time.perf_counter())
+        _show(prompts, streams, params.n, arguments.json)
     return 0
 
 
@@ -290,41 +287,60 @@ class _Sample:
             self.finish_reason, self.stop_match = event.finish_reason.value, event.stop_match
 
 
-def _show(streams: Iterable[tuple[str, Iterator[TokenEvent]]], n: int, as_json: bool, start: float) -> None:
+def _show(prompts: list[str], streams: Iterable[Iterator[TokenEvent]], n: int, as_json: bool) -> None:
     """Print what the streams bring: live text of a single sample, else sample by sample; a summary on stderr."""
-    first_token, num_tokens, errors = None, 0, []
-    for number, (prompt, stream) in enumerate(streams):
-        samples = [_Sample(prompt, index) for index in range(n)]
-        is_live = n == 1 and not as_json
-        if is_live and number:
-            print(f"\n=== prompt {number + 1}")
+    clock = _Clock()
+    for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True), start=1):
+        if n > 1 or as_json:
+            for sample in _gathered(prompt, clock.timed(stream), n):
+                _print_sample(sample, number, as_json)
+            continue
+        if len(prompts) > 1:
+            print(f"=== prompt {number}")
+        for event in clock.timed(stream):
+            print(event.text, end="", flush=True)
+        print("\n" if number < len(prompts) else "")
+    clock.print_summary()
+    if clock.error is not None:
+        raise EngineError(clock.error)
+
+
+class _Clock:
+    """Counts and times the tokens of all streams; keeps the first error."""
+
+    def __init__(self) -> None:
+        self.error: str | None = None
+        self._start = time.perf_counter()
+        self._first_seconds: float | None = None
+        self._num_tokens = 0
+
+    def timed(self, stream: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
         for event in stream:
-            if event.token_ids and first_token is None:
-                first_token = time.perf_counter() - start
-            num_tokens += len(event.token_ids)
-            samples[event.index].add(event)
-            errors += [event.error] if event.error else []
-            if is_live:
-                print(event.text, end="", flush=True)
-        if is_live:
-            print()
-        for sample in [] if is_live else samples:
-            _print_sample(sample, number, as_json)
-    _print_summary(num_tokens, time.perf_counter() - start, first_token)
-    if errors:
-        raise TorchinferError(errors[0])
+            if event.token_ids and self._first_seconds is None:
+                self._first_seconds = time.perf_counter() - self._start
+            self._num_tokens += len(event.token_ids)
+            self.error = self.error or event.error
+            yield event
+
+    def print_summary(self) -> None:
+        seconds = time.perf_counter() - self._start
+        first = "" if self._first_seconds is None else f", first after {self._first_seconds * 1000:.0f} ms"
+        speed = f"{self._num_tokens / seconds:.1f} tokens/s{first}"
+        print(f"{self._num_tokens} tokens in {seconds:.2f} s, {speed}", file=sys.stderr)
+
+
+def _gathered(prompt: str, stream: Iterator[TokenEvent], n: int) -> list[_Sample]:
+    samples = [_Sample(prompt, index) for index in range(n)]
+    for event in stream:
+        samples[event.index].add(event)
+    return samples
 
 
 def _print_sample(sample: _Sample, number: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(sample), ensure_ascii=False), flush=True)
     else:
-        print(f"=== prompt {number + 1}, sample {sample.index + 1}\n{sample.text}", flush=True)
-
-
-def _print_summary(num_tokens: int, seconds: float, first_token: float | None) -> None:
-    waited = "" if first_token is None else f", first after {first_token * 1000:.0f} ms"
-    print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.1f} tokens/s{waited}", file=sys.stderr)
+        print(f"=== prompt {number}, sample {sample.index + 1}\n{sample.text}", flush=True)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

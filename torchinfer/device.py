@@ -54,7 +54,7 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU":
         import torch_xla.core.xla_model as xla_model
 
-        memory = xla_model.get_memory_info(str(device))
+        memory = xla_model.get_memory_info(device)
         return int(memory["bytes_limit"]) - int(memory["bytes_used"])
     return _free_host_bytes()
 
@@ -89,7 +89,9 @@ def count_compilations() -> int:
     """XLA programs compiled by this process, those read from the persistent cache not counted."""
     import torch_xla.debug.metrics as metrics
 
-    return int(metrics.counter_value("UncachedCompile") or 0)
+    # A timer, not the counter UncachedCompile, which includes what comes from the persistent cache.
+    timer = metrics.metric_data("CompileTime")
+    return int(timer[0]) if timer else 0
 
 
 def keep_compiled_programs(folder: Path) -> None:

@@ -120,7 +120,9 @@ class Engine:
         params = request.params
         sequences = [self._new_sequence(request, index) for index in range(params.n)]
         texts = [SampleText(self.tokenizer, list(request.prompt_ids), params) for _ in sequences]
-        logprobs = [None] * len(request.prompt_ids) if params.prompt_logprobs is not None else None
+        logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            logprobs = [None] * len(request.prompt_ids)
         self._open[request.request_id] = _Open(request, sequences, texts, logprobs)
         self._scheduler.add(sequences[0])
         self._counters.num_prompt_tokens += len(request.prompt_ids)

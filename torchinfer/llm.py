@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torchinfer.config import EngineConfig
 from torchinfer.engine import Engine, EngineStats, ModelInfo
@@ -76,12 +76,11 @@ class LLM:
         Raises:
             RequestError: when any of them cannot be honoured; nothing is computed then.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        if len(each) != len(prompts):
-            raise RequestError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
-        requests = [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]  # type: ignore[arg-type]
+        given = _as_list(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(given)
+        if len(each) != len(given):
+            raise RequestError(f"{len(each)} sampling parameters for {len(given)} prompts; give one, or one for each")
+        requests = [self._request(prompt, p) for prompt, p in zip(given, each, strict=True)]
         with self._lock:
             for request in requests:
                 self._require().validate(request)
@@ -89,8 +88,8 @@ class LLM:
                 streams = [self._open(request) for request in requests]
                 return [
                     output
-                    for prompt, request, stream in zip(prompts, requests, streams, strict=True)
-                    for output in _gather(prompt, request.params.n, stream)  # type: ignore[arg-type]
+                    for prompt, request, stream in zip(given, requests, streams, strict=True)
+                    for output in _gather(prompt, request.params.n, stream)
                 ]
             finally:
                 for request in requests:
@@ -164,6 +163,14 @@ class LLM:
         for event in events:
             if event.request_id in self._events:
                 self._events[event.request_id].append(event)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast(Sequence[int], prompts)]
+    return list(cast(Sequence[Prompt], prompts))
 
 
 def _gather(prompt: Prompt, n: int, stream: Iterator[TokenEvent]) -> list[Output]:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchinfer.logit_edits import LogitEdits, collect_edits
+from torchinfer.models.decoder import Decoder
+from torchinfer.models.moe import MoE
 from torchinfer.request import TokenLogprobs
 from torchinfer.sampler import LogprobTensors, apply_edits, greedy, logprobs_of, sample
 from torchinfer.scheduler import Chunk, Plan
@@ -54,7 +56,9 @@ class Runner(Protocol):
     """What the engine needs of a runner; `torchinfer.testing.FakeRunner` is another one."""
 
     overlaps: bool  # whether `launch` returns before the device has finished
-    num_compilations: int
+
+    @property
+    def num_compilations(self) -> int: ...
 
     def warm_up(self, progress: bool) -> None: ...
     def launch(self, plan: Plan, page_table: Ints) -> Launched: ...
@@ -65,7 +69,7 @@ class Runner(Protocol):
 class EagerRunner:
     """Runs each op as Python reaches it: CPU and CUDA, exact shapes."""
 
-    def __init__(self, model: nn.Module, kv_caches: list[Tensor], page_size: int, device: torch.device) -> None:
+    def __init__(self, model: Decoder, kv_caches: list[Tensor], page_size: int, device: torch.device) -> None:
         self.overlaps = device.type == "cuda"
         self.num_compilations = 0
         self._model = model
@@ -85,7 +89,7 @@ class EagerRunner:
         step = unpack(packed[: shape.num_forward], shape, self._page_size, plan)
         if max(plan.feed, default=-1) >= 0:
             step = step.fed(self._last_ids)
-        hidden = self._model(step.batch, self._kv_caches)
+        hidden: Tensor = self._model(step.batch, self._kv_caches)
         sampled = plan.sampled
         logits = self._model.logits(hidden[step.sample_index[: len(sampled)]])
         edited = self._edit(logits, collect_edits(sampled))
@@ -142,9 +146,9 @@ def prompt_targets(chunk: Chunk) -> list[int]:
     return sequence.tokens[chunk.start + 1 : min(chunk.end + 1, sequence.num_prompt)]
 
 
-def count_dropped(model: nn.Module) -> int:
+def count_dropped(model: Decoder) -> int:
     """(token, expert) pairs that MoE layers in capacity mode have dropped since the start."""
-    return sum(int(module.num_dropped.item()) for module in model.modules() if hasattr(module, "num_dropped"))
+    return sum(int(module.num_dropped.item()) for module in model.modules() if isinstance(module, MoE))
 
 
 def to_output(launched: Launched) -> StepOutput:

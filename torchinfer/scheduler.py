@@ -194,7 +194,8 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> bool:
         """Make a waiting sequence run if the pages for all of its known tokens can be had."""
-        pages, digests = [], []
+        pages: list[int] = []
+        digests: list[bytes] = []
         if self.prefix_cache and not sequence.wants_prompt_logprobs:
             pages, digests = self.prefix_cache.match(sequence.tokens)
         num_needed = -(-len(sequence.tokens) // self.page_size) - len(pages)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchinfer import kernels
 from torchinfer.config import EngineConfig
@@ -21,6 +20,7 @@ from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_page
 from torchinfer.loader import load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
+from torchinfer.models.decoder import Decoder
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ def start_engine(config: EngineConfig) -> Engine:
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
     )
+    assert isinstance(model, Decoder)
     num_pages = _resolve_num_pages(config, model_config, dtype, device, max_model_len)
     kernels.load_ports(device.type)
     kv_caches = allocate(model_config, num_pages, config.page_size, dtype, device)
@@ -91,7 +92,7 @@ def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_mod
 
 
 def _runner(
-    config: EngineConfig, model: nn.Module, kv_caches: list[torch.Tensor], device: torch.device, max_model_len: int
+    config: EngineConfig, model: Decoder, kv_caches: list[torch.Tensor], device: torch.device, max_model_len: int
 ) -> Runner:
     if device.type != "xla":
         return EagerRunner(model, kv_caches, config.page_size, device)

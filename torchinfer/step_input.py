@@ -86,14 +86,11 @@ class PackedStep:
         """All zeros."""
         a, b, c, d, end = shape.ends
         packed = np.zeros(end, np.int32)
-        return cls(
-            packed,
-            *packed[:a].reshape(6, shape.num_tokens),
-            *packed[a:b].reshape(2, shape.num_requests),
-            packed[b:c],
-            packed[c:d].reshape(shape.num_requests, shape.table_width),
-            packed[d:],
-        )
+        per_token = packed[:a].reshape(6, shape.num_tokens)
+        per_request = packed[a:b].reshape(2, shape.num_requests)
+        page_table = packed[c:d].reshape(shape.num_requests, shape.table_width)
+        parts = [packed, *per_token, *per_request, packed[b:c], page_table, packed[d:]]
+        return cls(*parts)
 
 
 def pack(plan: Plan, page_table: Ints, page_size: int, shape: StepShape) -> PackedStep:

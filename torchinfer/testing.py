@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 8,
             "query_pre_attn_scalar": 20,
             "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
+            "final_logit_softcapping": 30.0,
         },
     ),
     "gemma3": (
@@ -188,43 +189,43 @@ def make_batch(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """The batch of a step, decode rows first; `is_static` leaves out what only the host knows, as for XLA."""
-    tokens, positions, slots, row_of, rope_lengths = [], [], [], [], []
-    for index, row in enumerate(rows):
-        for position, token in enumerate(row.tokens, row.num_cached):
-            tokens.append(token)
-            positions.append(position)
-            slots.append(row.pages[position // page_size] * page_size + position % page_size)
-            row_of.append(index)
-            rope_lengths.append(max(row.prompt_length, position + 1))
     num_rows = len(rows) + num_padded_rows
-    starts = [0]
-    for row in rows:
-        starts.append(starts[-1] + len(row.tokens))
-    starts += [starts[-1]] * num_padded_rows
+    columns = _token_columns(rows, page_size)
+    for name, padding in (("tokens", 0), ("positions", 0), ("slot", 0), ("row", num_rows - 1), ("rope_length", 1)):
+        columns[name] += [padding] * num_padded_tokens
+    starts = [0, *accumulate(len(row.tokens) for row in rows)]
     lengths = [row.num_cached + len(row.tokens) for row in rows]
     width = max(len(row.pages) for row in rows)
-    table = [list(row.pages) + [0] * (width - len(row.pages)) for row in rows] + [[0] * width] * num_padded_rows
+    table = [[*row.pages] + [0] * (width - len(row.pages)) for row in rows] + [[0] * width] * num_padded_rows
 
-    def pad(values: list[int], value: int) -> Tensor:
-        return torch.tensor(values + [value] * num_padded_tokens, dtype=torch.int32, device=device)
+    def tensor(values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
 
     num_decodes = next((i for i, row in enumerate(rows) if len(row.tokens) > 1), len(rows))
+    prefills = tuple((i, starts[i], starts[i + 1], lengths[i]) for i in range(num_decodes, len(rows)))
     return Batch(
-        tokens=pad(tokens, 0),
-        positions=pad(positions, 0),
-        slot=pad(slots, 0),
-        row=pad(row_of, num_rows - 1),
-        rope_length=pad(rope_lengths, 1),
-        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
-        kv_length=torch.tensor(lengths + [0] * num_padded_rows, dtype=torch.int32, device=device),
-        page_table=torch.tensor(table, dtype=torch.int32, device=device),
+        **{name: tensor(values) for name, values in columns.items()},
+        query_start=tensor(starts + [starts[-1]] * num_padded_rows),
+        kv_length=tensor(lengths + [0] * num_padded_rows),
+        page_table=tensor(table),
         page_size=page_size,
         num_decodes=None if is_static else num_decodes,
         max_decode_kv_length=None if is_static else max(lengths[:num_decodes], default=0),
-        prefills=None
-        if is_static
-        else tuple((i, starts[i], starts[i + 1], lengths[i]) for i in range(num_decodes, len(rows))),
+        prefills=None if is_static else prefills,
     )
+
+
+def _token_columns(rows: Sequence[Row], page_size: int) -> dict[str, list[int]]:
+    """The fields of `Batch` that have a value for each token."""
+    columns: dict[str, list[int]] = {name: [] for name in ("tokens", "positions", "slot", "row", "rope_length")}
+    for index, row in enumerate(rows):
+        for position, token in enumerate(row.tokens, row.num_cached):
+            columns["tokens"].append(token)
+            columns["positions"].append(position)
+            columns["slot"].append(row.pages[position // page_size] * page_size + position % page_size)
+            columns["row"].append(index)
+            columns["rope_length"].append(max(row.prompt_length, position + 1))
+    return columns
 
 
 @dataclass(slots=True)

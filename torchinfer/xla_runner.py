@@ -15,14 +15,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from torchinfer.device import count_compilations, keep_compiled_programs, mark_as_donated, synchronize
 from torchinfer.logit_edits import LogitEdits, collect_edits
+from torchinfer.models.decoder import Decoder
 from torchinfer.request import MAX_LOGPROBS
 from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
 from torchinfer.sampler import LogprobTensors, SamplingTensors, apply_edits, greedy, logprobs_of, sample
@@ -34,6 +37,9 @@ logger = logging.getLogger(__name__)
 MIN_TOKENS = 16
 MIN_REQUESTS = 8
 EDITS_AT_A_TIME = 1024
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
@@ -51,7 +57,7 @@ class XlaRunner:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Decoder,
         kv_caches: list[Tensor],
         page_size: int,
         device: torch.device,
@@ -73,7 +79,9 @@ class XlaRunner:
         self._num_last_ids = self._request_buckets[-1]
         self._last_ids = torch.zeros(self._num_last_ids, dtype=torch.int32, device=device)
         num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
-        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, num_graphs)
+        # Per function, over all runners of the process.
+        torch._dynamo.config.recompile_limit += num_graphs
+        torch._dynamo.config.accumulated_recompile_limit += num_graphs
         self._forward = _compiled(self._forward_eager)
         self._head = _compiled(self._head_eager)
         self._sample = _compiled(self._sample_eager)
@@ -191,7 +199,7 @@ class XlaRunner:
     def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
         mark_as_donated(self._kv_caches)
         step = unpack(ints, shape, self._page_size, None).fed(last_ids)
-        hidden = self._model(step.batch, self._kv_caches)
+        hidden: Tensor = self._model(step.batch, self._kv_caches)
         return self._model.logits(hidden[step.sample_index]), hidden
 
     def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -207,12 +215,13 @@ class XlaRunner:
 
     def _pad_ids(self, ids: Tensor) -> Tensor:
         """One size for the next step's feed, whatever the bucket."""
-        return nn.functional.pad(ids, (0, self._num_last_ids - ids.shape[0]))
+        return functional.pad(ids, (0, self._num_last_ids - ids.shape[0]))
 
 
 def _logprobs_eager(logits: Tensor, token_ids: Tensor) -> LogprobTensors:
     return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
 
 
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
-    return torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
+def _compiled(function: Callable[P, R]) -> Callable[P, R]:
+    compiled: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
+    return compiled

@@ -1,8 +1,11 @@
 """Every architecture against transformers' own model with the same random weights, in float32."""
 
+import json
+
 import torch
 
 from torchinfer import models
+from torchinfer.models.config import ModelConfig
 from torchinfer.testing import TINY, assert_close
 
 
@@ -59,3 +62,8 @@ def test_left_padded_batch_of_transformers_gives_the_same_logits(case):
 def test_every_architecture_has_a_case():
     families = {kind.removesuffix("Config").removesuffix("Text") for kind, _ in TINY.values()}
     assert {f"{family}ForCausalLM" for family in families} == set(models.ARCHITECTURES)
+
+
+def test_every_key_that_transformers_writes_is_read(case, caplog):
+    ModelConfig.from_dict(json.loads((case.folder / "config.json").read_text()))
+    assert not caplog.records

@@ -3,10 +3,12 @@
 import logging
 
 import pytest
+import torch
 
 from torchinfer.errors import ConfigError, UnsupportedModelError
 from torchinfer.models import ARCHITECTURES, build_model
 from torchinfer.models.config import ModelConfig
+from torchinfer.testing import TINY, tiny_config
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,6 +98,12 @@ def test_number_of_experts_under_the_name_of_transformers_5():
     assert ModelConfig.from_dict(raw).moe.num_experts == 6
 
 
+def test_hidden_activation_of_gemma_corrects_hidden_act():
+    raw = {**LLAMA, "architectures": ["GemmaForCausalLM"], "head_dim": 16, "hidden_act": "gelu"}
+    assert ModelConfig.from_dict(raw).activation == "gelu"
+    assert ModelConfig.from_dict({**raw, "hidden_activation": "gelu_pytorch_tanh"}).activation == "gelu_tanh"
+
+
 def test_linear_and_dynamic_scaling_extend_the_context():
     for kind in ("linear", "dynamic"):
         raw = {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 4.0}}
@@ -141,6 +149,8 @@ def test_architectures_must_be_a_list(names):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2'"),
         ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_theta": 0.5, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_theta=0.5"),
+        ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "more than 2"),
         ({"rope_parameters": {"full_attention": {}}}, "full_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
@@ -205,3 +215,26 @@ def test_usual_keys_are_silent(caplog):
 def test_capacity_of_a_model_without_experts_is_refused():
     with pytest.raises(ConfigError, match="LlamaForCausalLM"):
         build_model(ModelConfig.from_dict(LLAMA), moe_mode="capacity")
+
+
+@pytest.mark.parametrize("name", {kind: name for name, (kind, _) in TINY.items()}.values())
+def test_any_value_in_any_key_is_read_or_refused(name):
+    raw = tiny_config(name).to_dict()
+    raw["architectures"] = [TINY[name][0].removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
+    for key in raw:
+        for value in (None, True, -1, 0, 3, 0.5, "x", [], ["x"], {}, {"rope_type": "yarn"}, {"rope_type": []}):
+            try:
+                config = ModelConfig.from_dict({**raw, key: value})
+            except UnsupportedModelError:
+                continue
+            with torch.device("meta"):
+                build_model(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("vocab_size", 2**62), ("vocab_size", 10**30), ("num_hidden_layers", 10**6)]
+)
+def test_an_absurd_size_is_refused_before_anything_is_built(key, value):
+    raw = tiny_config("llama").to_dict() | {"architectures": ["LlamaForCausalLM"], key: value}
+    with pytest.raises(UnsupportedModelError, match=f"{key}={value} must be an integer from 1 to"):
+        ModelConfig.from_dict(raw)

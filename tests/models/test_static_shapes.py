@@ -11,6 +11,12 @@ from torchinfer.models.config import ModelConfig
 from torchinfer.testing import PagedDriver, Row, assert_close, make_batch, save_random_checkpoint, tiny_config
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each model counts as a recompilation of the same forward."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def static_kernels(monkeypatch):
     """The ports of XLA on the CPU."""

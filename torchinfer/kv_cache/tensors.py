@@ -30,7 +30,7 @@ def plan_num_pages(
         most = max(fits, 0) * page_size
         raise ConfigError(
             f"the KV cache has {budget_bytes / MIB:.1f} MiB and a page of {page_size} tokens takes "
-            f"{bytes_per_page / MIB:.3f} MiB, so {max(fits, 0)} pages fit, one of them reserved; a request of "
+            f"{bytes_per_page / MIB:.3f} MiB, so {max(fits, 0)} fit beside the one for padding; a request of "
             f"max_model_len={max_model_len} tokens needs {per_request}: "
             f"set max_model_len to at most {most} or kv_cache_memory to at least "
             f"{(per_request + 1) * bytes_per_page} bytes"

@@ -98,7 +98,7 @@ class ModelConfig:
     @property
     def rope_depends_on_length(self) -> bool:
         """Frequencies follow the length of the prompt: tokens of different prompts never share a cached key."""
-        return self.rope.kind == "dynamic"
+        return any(rope is not None and rope.kind == "dynamic" for rope in (self.rope, self.local_rope))
 
 
 def _architecture(raw: Mapping[str, Json]) -> str:

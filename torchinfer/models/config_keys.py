@@ -13,6 +13,9 @@ logger = logging.getLogger(__name__)
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
+MAX_SIZE = 2**24  # of anything: more is a damaged file, and would be allocated
+MAX_LAYERS = 1024
+
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -58,15 +61,19 @@ class ConfigKeys:
         self._read.add(name)
         return self.raw.get(name)
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; required without a default."""
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        """An integer from `minimum` to `maximum`; required without a default."""
         value = self.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self.problems.append(f"{name}={value!r} must be an integer of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            self.problems.append(f"{name}={value!r} must be an integer from {minimum} to {maximum}")
             return max(minimum, 1)
         return value
+
+    def layers(self, name: str) -> int:
+        """A number of layers."""
+        return self.integer(name, maximum=MAX_LAYERS)
 
     def optional_integer(self, name: str) -> int | None:
         """A positive integer, or None when the key is missing or null."""

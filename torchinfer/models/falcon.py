@@ -16,13 +16,18 @@ from torchinfer.models.parallel import Block
 from torchinfer.models.rope import extended_context, read_rope
 from torchinfer.weight_map import Target
 
+# Rotary tables of old checkpoints.
+IGNORED = tuple(
+    f"transformer.h.{{layer}}.self_attention.{name}.inv_freq" for name in ("maybe_rotary", "rotary", "rotary_emb")
+)
+
 
 class Model(Decoder):
     """A stack of parallel blocks, or of sequential ones where the config says so."""
 
     def __init__(self, config: ModelConfig) -> None:
         norm = LayerNorm(config.hidden_size, config.norm_epsilon)
-        super().__init__(config, Block, norm, _checkpoint(config))
+        super().__init__(config, Block, norm, _checkpoint(config), IGNORED)
 
 
 def _checkpoint(config: ModelConfig) -> dict[str, Target]:
@@ -58,7 +63,7 @@ def ungroup(merged: Tensor, num_kv_heads: int, group: int) -> Tensor:
 
 def read_config(keys: ConfigKeys) -> ModelConfig:
     """Both architectures; alibi in place of rotary embedding is refused."""
-    hidden_size, num_layers = keys.integer("hidden_size"), keys.integer("num_hidden_layers")
+    hidden_size, num_layers = keys.integer("hidden_size"), keys.layers("num_hidden_layers")
     num_heads = keys.integer("num_attention_heads")
     head_dim = keys.head_dim(hidden_size, num_heads)
     num_kv_heads = _read_kv_heads(keys, num_heads)

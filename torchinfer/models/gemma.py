@@ -67,7 +67,7 @@ def read_config(keys: ConfigKeys) -> ModelConfig:
     """All three generations."""
     is_first = keys.architecture == "GemmaForCausalLM"
     is_third = keys.architecture == "Gemma3ForCausalLM"
-    num_layers, num_heads = keys.integer("num_hidden_layers"), keys.integer("num_attention_heads")
+    num_layers, num_heads = keys.layers("num_hidden_layers"), keys.integer("num_attention_heads")
     num_kv_heads, head_dim = keys.integer("num_key_value_heads"), keys.integer("head_dim")
     keys.heads(num_heads, num_kv_heads)
     rope, local_rope = _read_gemma3_ropes(keys, head_dim) if is_third else (read_rope(keys, head_dim), None)

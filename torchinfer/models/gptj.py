@@ -46,7 +46,7 @@ class Model(Decoder):
 
 def read_config(keys: ConfigKeys) -> ModelConfig:
     """GPT-J has names of its own for every size."""
-    hidden_size, num_layers, num_heads = keys.integer("n_embd"), keys.integer("n_layer"), keys.integer("n_head")
+    hidden_size, num_layers, num_heads = keys.integer("n_embd"), keys.layers("n_layer"), keys.integer("n_head")
     head_dim = keys.head_dim(hidden_size, num_heads)
     rotary_dim = keys.integer("rotary_dim")
     if rotary_dim % 2 or rotary_dim > head_dim:

@@ -83,7 +83,7 @@ def read_decoder(keys: ConfigKeys, moe: MoEConfig | None) -> ModelConfig:
     """Everything but the experts."""
     family = keys.architecture.removesuffix("ForCausalLM").removesuffix("Moe")
     hidden_size = keys.integer("hidden_size")
-    num_layers, num_heads = keys.integer("num_hidden_layers"), keys.integer("num_attention_heads")
+    num_layers, num_heads = keys.layers("num_hidden_layers"), keys.integer("num_attention_heads")
     # Llama 1 has no such key; elsewhere its absence would mean a number that we refuse to guess.
     num_kv_heads = keys.integer("num_key_value_heads", num_heads if family == "Llama" else None)
     keys.heads(num_heads, num_kv_heads)

@@ -34,6 +34,6 @@ def read_config(keys: ConfigKeys) -> ModelConfig:
         top_k=top_k,
         intermediate_size=keys.integer("intermediate_size"),
         is_normalized=True,
-        layers=tuple(range(keys.integer("num_hidden_layers"))),
+        layers=tuple(range(keys.layers("num_hidden_layers"))),
     )
     return llama.read_decoder(keys, moe)

@@ -62,8 +62,10 @@ class MoE(Layer):
         order = experts.flatten().argsort(stable=True)  # [T k], dropped and padded ones last
         group = torch.arange(self.config.num_experts, dtype=experts.dtype, device=experts.device)
         group_sizes = (experts.flatten() == group[:, None]).sum(1, dtype=torch.int32)
-        computed = self.experts(x.index_select(0, order // self.config.top_k), group_sizes)
-        by_token = torch.empty_like(computed).index_copy(0, order, computed).view(*experts.shape, -1)
+        computed = self.experts(x[order // self.config.top_k], group_sizes)
+        # A gather by the inverse order: torch_xla 2.9 aborts on index_copy by the result of a sort.
+        place = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        by_token = computed[place].view(*experts.shape, -1)
         result = (by_token * weights[..., None]).sum(1)
         if self.shared_expert is None or self.shared_gate is None:
             return result

@@ -46,7 +46,7 @@ def read_config(keys: ConfigKeys) -> ModelConfig:
 
 
 def _sparse_layers(keys: ConfigKeys) -> tuple[int, ...]:
-    num_layers, step = keys.integer("num_hidden_layers"), keys.integer("decoder_sparse_step", 1)
+    num_layers, step = keys.layers("num_hidden_layers"), keys.integer("decoder_sparse_step", 1)
     dense = keys.get("mlp_only_layers") or []
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
         keys.problems.append(f"mlp_only_layers={dense!r} must be a list of layer numbers")

@@ -69,6 +69,13 @@ def rope_config(keys: ConfigKeys, settings: Mapping[str, Json], rotary_dim: int,
         return default if value is None else keys.positive(f"rope setting {name}", value)
 
     context = keys.integer("max_position_embeddings", 2048)
+    low, high = number("low_freq_factor", 1.0), number("high_freq_factor", 4.0)
+    if kind == "llama3" and not low < high:
+        keys.problems.append(f"low_freq_factor={low} must be less than high_freq_factor={high}")
+    if kind == "yarn" and not theta > 1:
+        keys.problems.append(f"rope_theta={theta} must be more than 1 with rope_type='yarn'")
+    if kind == "dynamic" and rotary_dim <= 2:
+        keys.problems.append(f"rope_type='dynamic' needs more than {rotary_dim} rotated values of a head")
     # As in transformers, dynamic scaling starts at the model's context, whatever else is written.
     original = context if kind == "dynamic" else int(number("original_max_position_embeddings", context))
     return RopeConfig(
@@ -77,8 +84,8 @@ def rope_config(keys: ConfigKeys, settings: Mapping[str, Json], rotary_dim: int,
         kind=kind,
         factor=number("factor", 1.0),
         original_context=original,
-        low_frequency_factor=number("low_freq_factor", 1.0),
-        high_frequency_factor=number("high_freq_factor", 4.0),
+        low_frequency_factor=low,
+        high_frequency_factor=high,
         beta_fast=number("beta_fast", 32.0),
         beta_slow=number("beta_slow", 1.0),
         attention_factor=_attention_factor(keys, settings) if kind == "yarn" else 1.0,

@@ -1,0 +1,149 @@
+"""Threads and streams: every accepted request ends, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from torchinfer.async_engine import AsyncEngine
+from torchinfer.engine import Engine, ModelInfo
+from torchinfer.errors import EngineError, OverloadedError, RequestError
+from torchinfer.fake_runner import FakeRunner, expected_output
+from torchinfer.kv_cache.pages import PagePool
+from torchinfer.request import FinishReason, Request, SamplingParams
+from torchinfer.runner import Launched
+from torchinfer.scheduler import Plan, Scheduler
+from torchinfer.step_input import Ints
+
+VOCAB = 50
+
+
+class SlowRunner(FakeRunner):
+    """A step takes a moment; after `fail_after` steps it raises."""
+
+    fail_after = 10**9
+
+    def launch(self, plan: Plan, page_table: Ints) -> Launched:
+        time.sleep(0.002)
+        self.fail_after -= 1
+        if self.fail_after < 0:
+            raise RuntimeError("the device fell off")
+        return super().launch(plan, page_table)
+
+
+def with_engine(test: Callable[[AsyncEngine, Scheduler, SlowRunner], Awaitable[None]], max_queue: int = 8) -> None:
+    pool = PagePool(400)
+    scheduler = Scheduler(
+        pool, page_size=4, max_num_requests=4, max_num_batched_tokens=64, max_model_len=256, prefix_cache=None
+    )
+    info = ModelInfo("fake", "Fake", 0, VOCAB, 256, "int", "cpu", 400, 4, 4, (), False)
+    runner = SlowRunner(400, 4, VOCAB)
+    engine = AsyncEngine(Engine(scheduler, runner, info, None), max_queue=max_queue)
+
+    async def main() -> None:
+        await asyncio.wait_for(test(engine, scheduler, runner), timeout=30)
+
+    try:
+        asyncio.run(main())
+    finally:
+        engine.close()
+
+
+def request(name: str, max_tokens: int = 5) -> Request:
+    return Request(name, (1, 2, 3), SamplingParams(max_tokens=max_tokens))
+
+
+def test_streams_of_many_requests_hold_their_own_tokens() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        async def consume(name: str, length: int) -> list[int]:
+            stream = engine.submit(Request(name, tuple(range(length)), SamplingParams(max_tokens=6)))
+            return [token async for event in stream for token in event.token_ids]
+
+        lengths = range(1, 12)
+        found = await asyncio.gather(*(consume(f"r{length}", length) for length in lengths))
+        assert found == [expected_output(range(length), 6, VOCAB) for length in lengths]
+        assert engine.num_open == 0
+
+    with_engine(test)
+
+
+def test_next_events_gives_all_that_are_ready_and_nothing_after_the_end() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        stream = engine.submit(request("a"))
+        events = []
+        while found := await stream.next_events():
+            events += found
+        assert sum(len(event.token_ids) for event in events) == 5 and events[-1].usage is not None
+        assert await stream.next_events() == []
+
+    with_engine(test)
+
+
+def test_closing_a_stream_frees_its_pages() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        stream = engine.submit(request("a", max_tokens=200))
+        await stream.next_events()
+        assert scheduler.pool.num_available < scheduler.pool.num_usable
+        await stream.aclose()
+        while engine.num_open:
+            await asyncio.sleep(0.001)
+        assert scheduler.pool.num_available == scheduler.pool.num_usable
+
+    with_engine(test)
+
+
+def test_a_full_queue_is_overloaded_and_recovers() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        streams = [engine.submit(request(f"r{i}")) for i in range(6)]
+        with pytest.raises(OverloadedError, match="6 requests are open, which is the limit") as error:
+            engine.submit(request("one more"))
+        assert error.value.retry_after_seconds > 0
+        for stream in streams:
+            while await stream.next_events():
+                pass
+        assert await engine.submit(request("one more")).next_events()
+
+    with_engine(test, max_queue=2)
+
+
+def test_a_bad_request_is_refused_at_once_and_harms_nobody() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        stream = engine.submit(request("good", max_tokens=20))
+        with pytest.raises(RequestError, match=r"\[99\]"):
+            engine.submit(Request("bad", (99,), SamplingParams()))
+        with pytest.raises(RequestError, match="'good' is open already"):
+            engine.submit(request("good"))
+        ids = [token async for event in stream for token in event.token_ids]
+        assert ids == expected_output((1, 2, 3), 20, VOCAB)
+
+    with_engine(test)
+
+
+def test_a_failed_step_ends_every_stream_with_an_error_and_refuses_new_ones() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        runner.fail_after = 5
+        streams = [engine.submit(request(f"r{i}", max_tokens=200)) for i in range(8)]
+        for stream in streams:
+            events = [event async for event in stream]
+            assert events[-1].finish_reason is FinishReason.ERROR
+            assert "the device fell off" in (events[-1].error or "")
+            assert [event.usage is not None for event in events] == [False] * (len(events) - 1) + [True]
+        assert engine.failure is not None and "the device fell off" in engine.failure
+        with pytest.raises(EngineError, match="the device fell off"):
+            engine.submit(request("late"))
+
+    with_engine(test)
+
+
+def test_closing_the_engine_ends_open_streams() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        stream = engine.submit(request("a", max_tokens=200))
+        await stream.next_events()
+        await asyncio.to_thread(engine.close)
+        events = [event async for event in stream]
+        assert events[-1].finish_reason is FinishReason.ERROR and "closed" in (events[-1].error or "")
+
+    with_engine(test)

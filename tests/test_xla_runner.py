@@ -1,0 +1,143 @@
+"""The engine on XLA (XLA:CPU will do): transformers' ids, no compilation after the warm-up, caches in place."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchinfer import LLM, SamplingParams
+from torchinfer.testing import TINY, save_random_checkpoint, tiny_config
+from torchinfer.xla_runner import buckets
+
+pytestmark = pytest.mark.xla
+pytest.importorskip("torch_xla")
+
+OPTIONS: dict[str, Any] = {"device": "xla", "dtype": "float32", "max_num_requests": 8, "progress": False}
+ONE_PER_ARCHITECTURE = list({kind: name for name, (kind, _) in TINY.items()}.values())
+
+
+def greedy(max_tokens: int = 16, **params: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, **params)
+
+
+def random_prompt(rng: random.Random, longest: int) -> list[int]:
+    return [rng.randrange(3, 160) for _ in range(rng.randint(1, longest))]
+
+
+@pytest.mark.parametrize("name", ONE_PER_ARCHITECTURE)
+def test_greedy_ids_equal_transformers(name: str, tmp_path: Path) -> None:
+    reference = save_random_checkpoint(tiny_config(name), tmp_path)
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, 40) for _ in range(5)]
+    with LLM(tmp_path, **OPTIONS, max_num_batched_tokens=16, max_model_len=64) as llm:
+        outputs = llm.generate(prompts, greedy())
+    # transformers 4.57's Qwen2-MoE masks a windowed cache wrongly.
+    use_cache = not name.startswith("qwen2-moe")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids = torch.tensor([prompt])
+        expected = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=use_cache,
+        )
+        assert output.token_ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_random_checkpoint(tiny_config("llama"), folder)
+    return folder
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=rng.randint(1, 30),
+        temperature=rng.choice([0.0, 0.8]),
+        top_p=rng.choice([1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+        logprobs=rng.choice([None, None, 3]),
+        prompt_logprobs=rng.choice([None, None, 2]),
+        seed=rng.randrange(1000),
+        ignore_eos=True,
+    )
+
+
+def test_every_parameter_equals_the_cpu_and_nothing_is_compiled_after_the_warm_up(checkpoint: Path) -> None:
+    rng = random.Random(1)
+    prompts = [random_prompt(rng, 100) for _ in range(30)]
+    params = [random_params(rng) for _ in prompts]
+    with LLM(checkpoint, **OPTIONS, max_num_batched_tokens=64, max_model_len=160) as llm:
+        before = llm.stats().num_compilations
+        outputs = llm.generate(prompts, params)
+        assert llm.stats().num_compilations == before > 0
+    with LLM(checkpoint, **OPTIONS | {"device": "cpu"}, max_model_len=160) as llm:
+        expected = llm.generate(prompts, params)
+    for output, truth in zip(outputs, expected, strict=True):
+        assert output.token_ids == truth.token_ids
+        assert (output.logprobs is None) == (truth.logprobs is None)
+        for mine, theirs in zip(output.logprobs or [], truth.logprobs or [], strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
+        entries = zip((output.prompt_logprobs or [])[1:], (truth.prompt_logprobs or [])[1:], strict=True)
+        for mine_or_none, theirs_or_none in entries:
+            assert mine_or_none is not None and theirs_or_none is not None
+            assert mine_or_none.logprob == pytest.approx(theirs_or_none.logprob, abs=1e-3)
+
+
+PROGRAM = """
+import sys
+from torchinfer import LLM, SamplingParams
+options = dict(device="xla", dtype="float32", max_num_requests=8, max_num_batched_tokens=16, max_model_len=64)
+with LLM(sys.argv[1], compile_cache=sys.argv[2] or None, progress=False, **options) as llm:
+    ids = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=6, temperature=0))[0].token_ids
+    import torch_xla.debug.metrics as metrics
+    loads = metrics.metric_data("PersistentCacheLoad")
+    print(llm.stats().num_compilations, loads[0] if loads else 0, ids)
+"""
+
+
+def run_program(checkpoint: Path, cache: str, **environment: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, str(checkpoint), cache]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout.splitlines()[-1]
+
+
+def test_the_compiled_forward_writes_every_cache_in_place(checkpoint: Path, tmp_path: Path) -> None:
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    run_program(checkpoint, "", XLA_FLAGS=flags)
+    # 1 + 8 requests * 4 pages, 16 tokens, 2 heads of 16.
+    cache = r"f32\[2,33,16,2,16\]"
+    texts = [path.read_text() for path in tmp_path.glob("*after_optimizations.txt")]
+    forwards = [text for text in texts if re.search(cache + r"(\{[^}]*\})? parameter\(", text)]
+    assert forwards, "no program with a cache was dumped"
+    for text in forwards:
+        aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
+        assert aliases is not None and aliases.group(1).count("may-alias") == 3, text[:500]
+        assert not re.search(cache + r"(\{[^}]*\})? copy\(", text), "the compiled program copies a cache"
+
+
+def test_the_next_start_finds_every_program_in_the_compile_cache(checkpoint: Path, tmp_path: Path) -> None:
+    # Found and read: that is all XLA:CPU can do. Its client has no way to load a program; those of TPU and GPU have.
+    folder = tmp_path / "programs"
+    num_compiled, num_loaded, *ids = run_program(checkpoint, str(folder)).split(maxsplit=2)
+    assert int(num_compiled) == len(list(folder.iterdir())) > 0 and num_loaded == "0"
+    assert run_program(checkpoint, str(folder)).split(maxsplit=2)[1:] == [num_compiled, *ids]
+
+
+def test_buckets_are_powers_of_two_that_hold_the_largest() -> None:
+    assert buckets(16, 16) == [16]
+    assert buckets(8, 64) == [8, 16, 32, 64]
+    assert buckets(16, 500) == [16, 32, 64, 128, 256, 512]
