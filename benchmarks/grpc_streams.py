@@ -73,7 +73,7 @@ async def stream_all(target: str, num_streams: int, max_tokens: int) -> tuple[fl
     async def one(stub: inference_pb2_grpc.InferenceStub, index: int) -> int:
         count, is_finished = 0, False
         async for response in stub.Generate(
-            pb.GenerateRequest(text=PROMPTS[index % len(PROMPTS)], sampling=message), timeout=300
+            pb.GenerateRequest(text=PROMPTS[index % len(PROMPTS)], params=message), timeout=300
         ):
             count += len(response.chunk.token_ids)
             is_finished = is_finished or response.HasField("finish")

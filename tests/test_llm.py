@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,19 @@ def test_one_bad_prompt_refuses_the_call_before_anything_runs(llm: LLM) -> None:
 def test_parameters_must_be_one_or_one_for_each(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling parameters for 3 prompts"):
         llm.generate(["a", "b", "c"], [greedy(), greedy()])
+
+
+def test_chat_completes_the_rendered_template(tmp_path: Path, llm: LLM) -> None:
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with LLM(tmp_path, **OPTIONS) as other:
+        answer = other.chat([{"role": "user", "content": "sort a list"}], greedy(8))[0]
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.encode("# user: sort a list\n", add_special_tokens=False)
+    assert answer.token_ids == llm.generate([prompt], greedy(8))[0].token_ids
+    with pytest.raises(RequestError, match="template"):
+        llm.chat([{"role": "user", "content": "sort a list"}])
 
 
 def test_two_models_live_side_by_side_and_close() -> None:

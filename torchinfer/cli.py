@@ -110,7 +110,9 @@ CLIENT_EXAMPLES = """examples:
 
 INSPECT_EXAMPLES = """examples:
   torchinfer inspect path/to/checkpoint
-  torchinfer inspect path/to/checkpoint --json | jq"""
+  torchinfer inspect path/to/checkpoint --json | jq
+
+Exits with 1 when the checkpoint cannot be served as it is."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -262,7 +264,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     inspection = inspect(arguments.model)
     print(json.dumps(inspection.to_dict(), indent=2) if arguments.json else inspection.to_text())
-    return 0
+    return 0 if inspection.is_usable else 1
 
 
 @dataclass

@@ -62,7 +62,7 @@ class _Open:
 
     request: Request
     sequences: list[Sequence]
-    texts: list[SampleText]
+    texts: list[SampleText]  # of each sample; empty without a tokenizer
     prompt_logprobs: list[TokenLogprobs | None] | None
     awaits_first_token: bool = True  # samples 1..n-1 are not queued before that
     num_finished: int = 0
@@ -119,7 +119,8 @@ class Engine:
             raise RequestError(f"request_id={request.request_id!r} is open already; use another one or wait for it")
         params = request.params
         sequences = [self._new_sequence(request, index) for index in range(params.n)]
-        texts = [SampleText(self.tokenizer, list(request.prompt_ids), params) for _ in sequences]
+        tokenizer, prompt = self.tokenizer, list(request.prompt_ids)
+        texts = [SampleText(tokenizer, prompt, params) for _ in sequences] if tokenizer else []
         logprobs: list[TokenLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
             logprobs = [None] * len(request.prompt_ids)
@@ -203,7 +204,7 @@ class Engine:
 
     def _event(self, sequence: Sequence, logprobs: TokenLogprobs | None) -> TokenEvent:
         opened = self._open[sequence.request_id]
-        text, match = self._text_of(sequence, opened.texts[sequence.index])
+        text, match = self._text_of(sequence, opened.texts) if opened.texts else ("", sequence.stop_match)
         event = TokenEvent(sequence.request_id, sequence.index, [sequence.tokens[-1]], text)
         if logprobs is not None:
             event.logprobs = [logprobs]
@@ -222,8 +223,9 @@ class Engine:
         for sequence in opened.sequences[1:]:
             self._scheduler.add(sequence)
 
-    def _text_of(self, sequence: Sequence, text: SampleText) -> tuple[str, str | int | None]:
+    def _text_of(self, sequence: Sequence, texts: list[SampleText]) -> tuple[str, str | int | None]:
         """New text and what stopped it. A stop or EOS id has no text; a stop string ends the sample here."""
+        text = texts[sequence.index]
         if sequence.finish_reason is FinishReason.STOP:
             piece, match = text.flush()
             return piece, match or sequence.stop_match
@@ -255,7 +257,7 @@ class Engine:
                 sequence.status, sequence.finish_reason = Status.FINISHED, reason
             else:
                 self._scheduler.finish(sequence, reason)
-            text, _ = opened.texts[sequence.index].flush()
+            text = opened.texts[sequence.index].flush()[0] if opened.texts else ""
             event = TokenEvent(sequence.request_id, sequence.index, [], text, finish_reason=reason, error=error)
             self._finish_sample(opened, event)
             events.append(event)

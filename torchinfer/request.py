@@ -126,7 +126,7 @@ def _number_problems(p: SamplingParams) -> list[str]:
     integers = {
         "max_tokens": (p.max_tokens, 1, math.inf, "at least 1"),
         "min_tokens": (p.min_tokens, 0, p.max_tokens, "between 0 and max_tokens"),
-        "top_k": (p.top_k, 0, math.inf, "0 (keep all) or more"),
+        "top_k": (p.top_k, 0, 2**31 - 1, "0 (keep all) or more, below 2**31"),
         "n": (p.n, 1, MAX_N, f"between 1 and {MAX_N}"),
     }
     if p.seed is not None:

@@ -159,24 +159,25 @@ def _pack_sampling(sampled: list[Sequence], top_k: Ints, reals: NDArray[np.float
     temperature[:n] = [s.params.temperature for s in sampled]
     top_p[:n] = [s.params.top_p for s in sampled]
     min_p[:n] = [s.params.min_p for s in sampled]
-    top_k[:n] = [min(s.params.top_k, 2**31 - 1) for s in sampled]
+    top_k[:n] = [s.params.top_k for s in sampled]
     seeds = np.array([s.seed for s in sampled], np.uint64)
     # The index of the new token among the outputs: all before it are computed in this step.
     counts = np.array([s.num_computed - s.num_prompt for s in sampled], np.uint64)
     uniform[:n] = uniform_numbers(seeds, counts)
 
 
+GAMMA, FIRST, SECOND = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
+
+
 def uniform_numbers(seeds: NDArray[np.uint64], counts: NDArray[np.uint64]) -> NDArray[np.float32]:
     """One number in [0, 1) for each (seed, count), 24 bits: SplitMix64 (Steele et al., OOPSLA 2014) of their mix."""
-    with np.errstate(over="ignore"):
-        z = _mix(seeds + np.uint64(0x9E3779B97F4A7C15)) + counts * np.uint64(0x9E3779B97F4A7C15)
-        z = _mix(z)
-    return ((z >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).astype(np.float32)
+    bits = _mix(_mix(seeds + GAMMA) + counts * GAMMA)
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(30))) * FIRST
+    z = (z ^ (z >> np.uint64(27))) * SECOND
     return z ^ (z >> np.uint64(31))
 
 

@@ -1,0 +1,52 @@
+"""EngineConfig and device names: what cannot be honoured is refused with the value and the rule."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from torchinfer import ConfigError, DeviceError, EngineConfig
+from torchinfer.device import resolve_device
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device='tpu' must be one of auto, cpu, cuda, xla"),
+        ({"dtype": "int8"}, "dtype='int8' must be one of auto, bfloat16, float16, float32"),
+        ({"moe_mode": "some"}, "moe_mode='some' must be one of dropless, capacity"),
+        ({"max_num_requests": 0}, "max_num_requests=0 must be at least 1"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens=8 must be at least max_num_requests=64"),
+        ({"page_size": 24}, "page_size=24 must be a power of two"),
+        ({"max_model_len": 1}, "max_model_len=1 must be at least 2"),
+        ({"kv_cache_memory": 0}, "kv_cache_memory=0 must be a share"),
+        ({"kv_cache_memory": float("nan")}, "kv_cache_memory=nan must be a share"),
+        ({"moe_capacity_factor": -1.0}, "moe_capacity_factor=-1.0 must be positive"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(model="anywhere", **options)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(model="anywhere", device="tpu", page_size=0)
+    assert "device='tpu'" in str(error.value) and "page_size=0" in str(error.value)
+
+
+def test_cuda_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        assert resolve_device("cuda").type == "cuda"
+        return
+    with pytest.raises(DeviceError, match="device='cuda' was asked for, but torch sees no CUDA device"):
+        resolve_device("cuda")
+
+
+def test_xla_without_torch_xla_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DeviceError, match="device='xla' needs torch_xla, which is not installed"):
+        resolve_device("xla")
