@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from torchinfer.engine import Engine, ModelInfo
+from torchinfer.engine import Engine
+from torchinfer.engine_info import ModelInfo
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.request import Request, SamplingParams

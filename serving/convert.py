@@ -19,7 +19,7 @@ from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent
 from torchinfer.serving import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from torchinfer.engine import ModelInfo
+    from torchinfer.engine_info import ModelInfo
     from torchinfer.tokenizer import Tokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 128

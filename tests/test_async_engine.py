@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
 from torchinfer.async_engine import AsyncEngine
-from torchinfer.engine import Engine, ModelInfo
-from torchinfer.errors import EngineError, OverloadedError, RequestError
+from torchinfer.config import EngineConfig
+from torchinfer.engine import Engine
+from torchinfer.engine_info import ModelInfo
+from torchinfer.errors import CheckpointError, EngineError, OverloadedError, RequestError
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
-from torchinfer.request import FinishReason, Request, SamplingParams
+from torchinfer.llm import LLM
+from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent
 from torchinfer.runner import Launched
 from torchinfer.scheduler import Plan, Scheduler
 from torchinfer.step_input import Ints
@@ -41,7 +49,7 @@ def with_engine(test: Callable[[AsyncEngine, Scheduler, SlowRunner], Awaitable[N
     )
     info = ModelInfo("fake", "Fake", 0, VOCAB, 256, "int", "cpu", 400, 4, 4, (), False)
     runner = SlowRunner(400, 4, VOCAB)
-    engine = AsyncEngine(Engine(scheduler, runner, info, None), max_queue=max_queue)
+    engine = AsyncEngine.in_thread(Engine(scheduler, runner, info, None), max_queue=max_queue)
 
     async def main() -> None:
         await asyncio.wait_for(test(engine, scheduler, runner), timeout=30)
@@ -147,3 +155,58 @@ def test_closing_the_engine_ends_open_streams() -> None:
         assert events[-1].finish_reason is FinishReason.ERROR and "closed" in (events[-1].error or "")
 
     with_engine(test)
+
+
+CHECKPOINT = Path(__file__).parents[1] / "recipes" / "tiny-llama"
+
+
+def test_an_engine_in_its_own_process_gives_the_same_ids_and_its_death_ends_the_streams() -> None:
+    config = EngineConfig(model=CHECKPOINT, device="cpu", dtype="float32", progress=False)
+    engine = AsyncEngine.from_config(config)
+    greedy = SamplingParams(max_tokens=12, temperature=0, logprobs=1, prompt_logprobs=0)
+
+    async def main() -> list[TokenEvent]:
+        stream = engine.submit(Request("whole", (5, 6, 7), greedy))
+        events = [event async for event in stream]
+        endless = SamplingParams(max_tokens=500, ignore_eos=True, n=2)
+        streams = [engine.submit(Request(f"r{i}", (5, 6, 7), endless)) for i in range(3)]
+        await streams[0].next_events()
+        assert engine._worker is not None
+        os.kill(engine._worker.pid, signal.SIGKILL)  # type: ignore[union-attr, arg-type]
+        for stream in streams:
+            rest = [event async for event in stream]
+            finals = [event for event in rest if event.finish_reason is FinishReason.ERROR]
+            assert [event.index for event in finals] == [0, 1]
+            assert [event.usage is not None for event in rest] == [False] * (len(rest) - 1) + [True]
+            assert "process ended with code -9" in (rest[-1].error or "")
+        with pytest.raises(EngineError, match="process ended with code -9"):
+            engine.submit(Request("late", (5,), greedy))
+        return events
+
+    try:
+        events = asyncio.run(main())
+    finally:
+        engine.close()
+    with LLM(CHECKPOINT, device="cpu", dtype="float32", progress=False) as llm:
+        expected = llm.generate([[5, 6, 7]], greedy)[0]
+    assert [token for event in events for token in event.token_ids] == expected.token_ids
+    assert "".join(event.text for event in events) == expected.text
+    assert [entry for event in events for entry in event.logprobs or []] == expected.logprobs
+    assert events[0].prompt_logprobs == expected.prompt_logprobs
+
+
+def test_what_the_engines_process_refuses_is_raised_here(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        AsyncEngine.from_config(EngineConfig(model=tmp_path, progress=False))
+
+
+def test_a_program_that_forgets_to_close_its_engine_ends(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from torchinfer import AsyncEngine, EngineConfig\n"
+        "if __name__ == '__main__':\n"
+        f"    engine = AsyncEngine.from_config(EngineConfig(model={str(CHECKPOINT)!r}, device='cpu'))\n"
+        "    print(engine.model_info.name)\n"
+    )
+    result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=100, check=False)
+    assert (result.returncode, result.stdout) == (0, "tiny-llama\n"), result.stderr

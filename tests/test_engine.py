@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from torchinfer.engine import Engine, ModelInfo
+from torchinfer.engine import Engine
+from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import RequestError
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool

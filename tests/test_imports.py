@@ -22,7 +22,10 @@ HOMES = {
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
+    "torchinfer.async_engine",
     "torchinfer.config",
+    "torchinfer.engine_info",
+    "torchinfer.engine_loop",
     "torchinfer.errors",
     "torchinfer.kv_cache.pages",
     "torchinfer.kv_cache.prefix",
@@ -38,6 +41,7 @@ LAYERS = (
     ("torchinfer.cli",),
     ("torchinfer.serving",),
     ("torchinfer.llm", "torchinfer.async_engine"),
+    ("torchinfer.engine_loop",),
     ("torchinfer.startup",),
     ("torchinfer.engine",),
     ("torchinfer.xla_runner", "torchinfer.fake_runner", "torchinfer.testing"),
@@ -49,6 +53,7 @@ LAYERS = (
     ("torchinfer.models",),
     ("torchinfer.kernels",),
     BACKENDS,
+    ("torchinfer.engine_info",),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.weight_map"),
 )

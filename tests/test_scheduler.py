@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from torchinfer.engine import Engine, ModelInfo
+from torchinfer.engine import Engine
+from torchinfer.engine_info import ModelInfo
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache

@@ -1,43 +1,55 @@
-"""AsyncEngine: one thread that steps the engine, any number of asyncio consumers.
+"""AsyncEngine: an engine in a process of its own, for any number of asyncio consumers in this one.
 
-Commands go to the thread through a queue and are taken between two steps, so an abort takes effect within one step.
-Events go back in one call into the event loop per step.
+The engine's process has the device, the model and an interpreter lock to itself: what the server does with its
+streams does not slow a step down, and a crash there ends requests, not the server. docs/benchmarks.md has the
+measurement behind this.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
+import multiprocessing
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Self
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from torchinfer.config import EngineConfig
-from torchinfer.engine import Engine, EngineStats, ModelInfo
+from torchinfer.engine_info import EngineStats, ModelInfo, validate
+from torchinfer.engine_loop import from_wire, run, run_process
 from torchinfer.errors import EngineError, OverloadedError, RequestError
-from torchinfer.request import Request, TokenEvent
+from torchinfer.request import FinishReason, Request, TokenEvent, Usage
 from torchinfer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from torchinfer.engine import Engine
+
 logger = logging.getLogger(__name__)
+
+CLOSED = "the engine was closed"
+CLOSE_SECONDS = 10.0  # for the engine to end its step; then its process is killed
 
 
 class EventStream:
     """The events of one request: `async for event in stream`, or all that are ready with `next_events`."""
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]) -> None:
-        self.request_id = request_id
+    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+        self.request = request
         self._abort = abort
         self._ready: deque[TokenEvent] = deque()
         self._arrived = asyncio.Event()
         self._is_finished = False
+        self._open_samples = set(range(request.params.n))
+        self._num_output_tokens = 0
 
     async def next_events(self) -> list[TokenEvent]:
         """All events that are ready, at least one; nothing after the final one."""
-        while not self._ready and not self._is_finished:
-            self._arrived.clear()
-            await self._arrived.wait()
+        await self._wait()
         events = list(self._ready)
         self._ready.clear()
         return events
@@ -46,9 +58,7 @@ class EventStream:
         return self
 
     async def __anext__(self) -> TokenEvent:
-        while not self._ready and not self._is_finished:
-            self._arrived.clear()
-            await self._arrived.wait()
+        await self._wait()
         if not self._ready:
             raise StopAsyncIteration
         return self._ready.popleft()
@@ -56,49 +66,100 @@ class EventStream:
     async def aclose(self) -> None:
         """Abort the request unless it has finished. Its remaining events are dropped."""
         if not self._is_finished:
-            self._abort(self.request_id)
+            self._abort(self.request.request_id)
         self._is_finished = True
         self._ready.clear()
         self._arrived.set()
 
+    async def _wait(self) -> None:
+        while not self._ready and not self._is_finished:
+            self._arrived.clear()
+            await self._arrived.wait()
+
     def _put(self, event: TokenEvent) -> None:
+        self._num_output_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self._open_samples.discard(event.index)
         if not self._is_finished:
             self._ready.append(event)
             self._is_finished = event.usage is not None
             self._arrived.set()
 
+    def _fail(self, reason: str) -> None:
+        """End what is open with an error; the last event carries the usage as far as it is known here."""
+        last = max(self._open_samples)
+        for index in sorted(self._open_samples):
+            event = TokenEvent(self.request.request_id, index, [], "", finish_reason=FinishReason.ERROR, error=reason)
+            if index == last:
+                event.usage = Usage(len(self.request.prompt_ids), 0, self._num_output_tokens)
+            self._put(event)
+
 
 class AsyncEngine:
-    """Serves one engine to asyncio tasks of one event loop."""
+    """Serves one engine to the tasks of one event loop."""
 
-    def __init__(self, engine: Engine, *, max_queue: int = 1024) -> None:
+    def __init__(
+        self, info: ModelInfo, tokenizer: Tokenizer | None, connection: Connection, max_queue: int = 1024
+    ) -> None:
+        """Over a connection to a running `engine_loop.run`; `from_config` and `in_thread` make one."""
+        self.model_info = info
+        self.tokenizer = tokenizer
         self.failure: str | None = None
-        self._engine = engine
-        self._max_open = engine.info.max_num_requests + max_queue
+        self._max_open = info.max_num_requests + max_queue
+        self._connection = connection
         self._streams: dict[str, EventStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stats = EngineStats()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="torchinfer-engine", daemon=True)
-        self._thread.start()
+        self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._worker: multiprocessing.process.BaseProcess | threading.Thread | None = None
+        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, max_queue: int = 1024) -> Self:
-        """Load the model and warm up; blocks until that is done.
+        """Start the engine's process and wait until it is warm.
 
-        `max_queue` requests may wait while `config.max_num_requests` run.
+        `max_queue` requests may wait while `config.max_num_requests` run. The process starts Python anew, so a script
+        that calls this needs `if __name__ == "__main__":`.
+
+        Raises:
+            TorchinferError: what start_engine raises there; EngineError when the process dies.
         """
-        from torchinfer.startup import start_engine
+        context = multiprocessing.get_context("spawn")
+        connection, other = context.Pipe()
+        log_level = logging.getLogger("torchinfer").getEffectiveLevel()
+        process = context.Process(
+            target=run_process, args=(other, config, log_level), name="torchinfer-engine", daemon=True
+        )
+        process.start()
+        other.close()
+        try:
+            tokenizer = Tokenizer.from_folder(Path(config.model))  # while the process loads
+            kind, value = connection.recv()
+        except EOFError:
+            process.join()
+            raise EngineError(f"the engine's process ended while loading, with code {process.exitcode}") from None
+        except BaseException:
+            process.kill()
+            raise
+        if kind == "error":
+            raise value
+        engine = cls(value, tokenizer, connection, max_queue)
+        engine._worker = process
+        # Before multiprocessing's own handler, which would wait for the process.
+        atexit.register(engine.close)
+        return engine
 
-        return cls(start_engine(config), max_queue=max_queue)
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self._engine.tokenizer
-
-    @property
-    def model_info(self) -> ModelInfo:
-        return self._engine.info
+    @classmethod
+    def in_thread(cls, engine: Engine, *, max_queue: int = 1024) -> Self:
+        """Run an engine that is there already in a thread of this process: for tests and notebooks."""
+        connection, other = multiprocessing.Pipe()
+        found = cls(engine.info, engine.tokenizer, connection, max_queue)
+        found._worker = threading.Thread(target=run, args=(engine, other), name="torchinfer-engine", daemon=True)
+        found._worker.start()
+        return found
 
     @property
     def num_open(self) -> int:
@@ -106,8 +167,8 @@ class AsyncEngine:
         return len(self._streams)
 
     def stats(self) -> EngineStats:
-        """The engine's counters, as of the last step or a little later."""
-        return self._engine.stats()
+        """The engine's counters, at most a second old while it works."""
+        return self._stats
 
     def submit(self, request: Request) -> EventStream:
         """Queue a request; call from the event loop that will read the stream.
@@ -117,23 +178,30 @@ class AsyncEngine:
             OverloadedError: as many requests as allowed are open.
             EngineError: the engine has stopped.
         """
-        self._engine.validate(request)
-        stream = EventStream(request.request_id, self.abort)
+        validate(request, self.model_info)
+        stream = EventStream(request, self.abort)
         with self._lock:
             self._check_open(request.request_id)
             self._loop = asyncio.get_running_loop()
             self._streams[request.request_id] = stream
-            self._commands.put(lambda: self._engine.add(request))
+        self._outbox.put(("add", request))
         return stream
 
     def abort(self, request_id: str) -> None:
         """End a request within one step. An id that is not open is left alone."""
-        self._commands.put(lambda: self._engine.abort(request_id))
+        self._outbox.put(("abort", request_id))
 
     def close(self) -> None:
-        """End every open request with an error event and stop the thread."""
-        self._commands.put(None)
-        self._thread.join()
+        """End the engine; every open request gets an error event. Returns when it has ended."""
+        atexit.unregister(self.close)
+        self._outbox.put(("close", None))
+        if self._worker is not None:
+            self._worker.join(CLOSE_SECONDS)
+            if isinstance(self._worker, multiprocessing.process.BaseProcess) and self._worker.is_alive():
+                logger.warning("the engine did not end within %g s; its process is killed", CLOSE_SECONDS)
+                self._worker.kill()
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
 
     def _check_open(self, request_id: str) -> None:
         if self.failure is not None:
@@ -145,38 +213,45 @@ class AsyncEngine:
                 f"{len(self._streams)} requests are open, which is the limit; retry later", retry_after_seconds=1.0
             )
 
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                self._deliver(self._engine.step())
-            self._stop("the engine was closed")
-        except Exception as error:
-            logger.exception("a step failed; the engine stops")
-            self._stop(f"a step of the engine failed: {type(error).__name__}: {error}")
-
-    def _take_commands(self) -> bool:
-        """Run what was asked for; wait while there is no work. False when the engine was closed."""
-        while True:
+    def _send(self) -> None:
+        """In a thread: a large prompt must not hold up the event loop while the engine is in a step."""
+        is_closing = False
+        while not is_closing:
+            command = self._outbox.get()
+            is_closing = command[0] == "close"
             try:
-                command = self._commands.get(block=not self._engine.has_work)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
+                self._connection.send(command)
+            except OSError:
+                return  # `_receive` sees the end too, and says so
 
-    def _stop(self, reason: str) -> None:
+    def _receive(self) -> None:
+        reason = ""
+        while not reason:
+            try:
+                kind, value, *rest = self._connection.recv()
+            except (EOFError, OSError):
+                reason = self._why_it_ended()
+            else:
+                if kind == "failed":
+                    reason = value
+                else:
+                    self._stats = rest[0] or self._stats
+                    self._in_loop(self._put, [from_wire(item) for item in value])
         with self._lock:
             self.failure = reason
-        while not self._commands.empty():
-            command = self._commands.get()
-            if command is not None:
-                command()
-        self._deliver(self._engine.fail(reason))
+        self._in_loop(self._fail, reason)
+        self._outbox.put(("close", None))
 
-    def _deliver(self, events: list[TokenEvent]) -> None:
-        if events and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._put, events)
+    def _why_it_ended(self) -> str:
+        if isinstance(self._worker, multiprocessing.process.BaseProcess):
+            self._worker.join(CLOSE_SECONDS)
+            if self._worker.exitcode != 0:
+                return f"the engine's process ended with code {self._worker.exitcode}"
+        return CLOSED
+
+    def _in_loop(self, function: Callable[[Any], None], argument: object) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, argument)
 
     def _put(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -185,3 +260,7 @@ class AsyncEngine:
                 stream._put(event)
                 if event.usage is not None:
                     del self._streams[event.request_id]
+
+    def _fail(self, reason: str) -> None:
+        while self._streams:
+            self._streams.popitem()[1]._fail(reason)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from torchinfer.errors import RequestError, raise_all
+from torchinfer.engine_info import EngineStats, ModelInfo, validate
+from torchinfer.errors import RequestError
 from torchinfer.output import SampleText
 from torchinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from torchinfer.runner import Launched, Runner, StepOutput
@@ -19,41 +20,6 @@ from torchinfer.sequence import Sequence, Status
 from torchinfer.tokenizer import Tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of a request's samples
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """What the engine serves, for people and clients."""
-
-    name: str
-    architecture: str
-    num_parameters: int
-    vocab_size: int
-    max_model_len: int
-    dtype: str
-    device: str
-    num_pages: int
-    page_size: int
-    max_num_requests: int
-    eos_token_ids: tuple[int, ...]
-    has_tokenizer: bool
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counters since the start, and what is now. Tokens are counted when they are known on the host."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_used_pages: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_preemptions: int = 0
-    num_prefix_queried_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-    num_steps: int = 0
-    num_compilations: int = 0
-    num_dropped_expert_tokens: int = 0  # moe_mode capacity: (token, expert) pairs beyond the capacity
 
 
 @dataclass(slots=True)
@@ -100,21 +66,13 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._early_events) or self._launched is not None or self._scheduler.has_work
 
-    def validate(self, request: Request) -> None:
-        """Check what depends on the model.
-
-        Raises:
-            RequestError: with all problems.
-        """
-        raise_all(_problems(request, self.info), RequestError, "the request cannot be honoured")
-
     def add(self, request: Request) -> None:
         """Queue a request. Exactly one of its events will carry `usage`: the last one.
 
         Raises:
             RequestError: when it cannot be honoured, or its id is open already.
         """
-        self.validate(request)
+        validate(request, self.info)
         if request.request_id in self._open:
             raise RequestError(f"request_id={request.request_id!r} is open already; use another one or wait for it")
         params = request.params
@@ -268,28 +226,3 @@ class Engine:
             opened = self._open.get(part.sequence.request_id)
             if opened and opened.prompt_logprobs is not None:
                 opened.prompt_logprobs[part.start : part.start + len(part.entries)] = part.entries
-
-
-def _problems(request: Request, info: ModelInfo) -> list[str]:
-    params, prompt, vocab = request.params, request.prompt_ids, info.vocab_size
-    found = []
-    if not prompt:
-        found.append("the prompt has no tokens; give at least one")
-    if outside := [i for i in prompt if not 0 <= i < vocab][:5]:
-        found.append(f"prompt token ids {outside} are outside of the vocabulary of {vocab}")
-    if len(prompt) >= info.max_model_len:
-        found.append(
-            f"the prompt has {len(prompt)} tokens; with max_model_len={info.max_model_len} "
-            f"at most {info.max_model_len - 1} leave room for output"
-        )
-    elif len(prompt) + params.min_tokens > info.max_model_len:
-        found.append(
-            f"min_tokens={params.min_tokens} after {len(prompt)} prompt tokens "
-            f"exceeds max_model_len={info.max_model_len}"
-        )
-    for name, ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias)):
-        if outside := [i for i in ids if i >= vocab][:5]:
-            found.append(f"{name} {outside} are outside of the vocabulary of {vocab}")
-    if params.stop and not info.has_tokenizer:
-        found.append("stop strings need a tokenizer, which this checkpoint has not; use stop_token_ids")
-    return found

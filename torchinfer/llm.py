@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from torchinfer.config import EngineConfig
-from torchinfer.engine import Engine, EngineStats, ModelInfo
+from torchinfer.engine import Engine
+from torchinfer.engine_info import EngineStats, ModelInfo, validate
 from torchinfer.errors import EngineError, RequestError
 from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs, Usage
 from torchinfer.tokenizer import Tokenizer
@@ -83,7 +84,7 @@ class LLM:
         requests = [self._request(prompt, p) for prompt, p in zip(given, each, strict=True)]
         with self._lock:
             for request in requests:
-                self._require().validate(request)
+                validate(request, self.model_info)
             try:
                 streams = [self._open(request) for request in requests]
                 return [

@@ -12,7 +12,8 @@ import torch
 from torchinfer import kernels
 from torchinfer.config import EngineConfig
 from torchinfer.device import DEFAULT_CACHE_SHARE, free_memory_bytes, resolve_device
-from torchinfer.engine import Engine, ModelInfo
+from torchinfer.engine import Engine
+from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache

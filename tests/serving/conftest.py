@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from torchinfer.engine import ModelInfo
+from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import EngineError, OverloadedError, RequestError
 from torchinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from torchinfer.serving.client import Client
