@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -110,6 +111,8 @@ class AsyncEngine:
         self._streams: dict[str, EventStream] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats = EngineStats()
+        self._last_end = time.monotonic()
+        self._seconds_between_ends = 1.0  # a running mean
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._worker: multiprocessing.process.BaseProcess | threading.Thread | None = None
@@ -210,7 +213,7 @@ class AsyncEngine:
             raise RequestError(f"request_id={request_id!r} is open already; use another one or wait for it")
         if len(self._streams) >= self._max_open:
             raise OverloadedError(
-                f"{len(self._streams)} requests are open, which is the limit; retry later", retry_after_seconds=1.0
+                f"{len(self._streams)} requests are open, which is the limit; retry later", self._seconds_between_ends
             )
 
     def _send(self) -> None:
@@ -259,7 +262,13 @@ class AsyncEngine:
             if stream is not None:
                 stream._put(event)
                 if event.usage is not None:
-                    del self._streams[event.request_id]
+                    self._end(event.request_id)
+
+    def _end(self, request_id: str) -> None:
+        del self._streams[request_id]
+        now = time.monotonic()
+        self._seconds_between_ends += 0.1 * (now - self._last_end - self._seconds_between_ends)
+        self._last_end = now
 
     def _fail(self, reason: str) -> None:
         while self._streams:

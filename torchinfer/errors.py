@@ -39,7 +39,7 @@ class RequestError(TorchinferError, ValueError):
 
 
 class OverloadedError(TorchinferError):
-    """The queue is full. `retry_after_seconds` estimates when a retry is worthwhile."""
+    """The queue is full. `retry_after_seconds` estimates when the next request will have ended."""
 
     def __init__(self, message: str, retry_after_seconds: float) -> None:
         super().__init__(message)
