@@ -11,7 +11,7 @@ from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
-from torchinfer.kv_cache.prefix import PrefixCache
+from torchinfer.kv_cache.prefix import ROOT, PrefixCache, page_digest
 from torchinfer.request import FinishReason, Request, SamplingParams
 from torchinfer.scheduler import Scheduler
 
@@ -167,12 +167,13 @@ def test_an_evicted_page_is_not_found_again() -> None:
     cache = PrefixCache(pool, 2)
     page = pool.allocate()
     assert page is not None
-    cache.add(page, b"", [1, 2])
+    digest = page_digest(ROOT, [1, 2])
+    cache.add(page, digest)
     pool.release([page])
-    assert cache.match([1, 2, 3])[0] == [page]
+    assert cache.match([digest]) == [page]
     pool.release([page])
     assert {pool.allocate(), pool.allocate()} == {1, 2}
-    assert cache.match([1, 2, 3])[0] == []
+    assert cache.match([digest]) == []
 
 
 def test_an_abort_frees_pages_at_once() -> None:

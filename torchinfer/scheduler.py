@@ -195,9 +195,10 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> bool:
         """Make a waiting sequence run if the pages for all of its known tokens can be had."""
         pages: list[int] = []
-        digests: list[bytes] = []
         if self.prefix_cache and not sequence.wants_prompt_logprobs:
-            pages, digests = self.prefix_cache.match(sequence.tokens)
+            self.prefix_cache.extend(sequence.digests, sequence.tokens)
+            # One token at least is left to compute, because its logits are wanted.
+            pages = self.prefix_cache.match(sequence.digests[: (len(sequence.tokens) - 1) // self.page_size])
         num_needed = -(-len(sequence.tokens) // self.page_size) - len(pages)
         if num_needed > self.pool.num_available:
             self.pool.release(reversed(pages))
@@ -206,7 +207,7 @@ class Scheduler:
             self.prefix_cache.count(len(sequence.tokens), len(pages) * self.page_size)
         if sequence.num_output == 0:
             sequence.num_cached = len(pages) * self.page_size
-        sequence.pages, sequence.digests = pages, digests
+        sequence.pages, sequence.num_remembered = pages, len(pages)
         sequence.num_computed = len(pages) * self.page_size
         sequence.next_full_page = sequence.num_computed + self.page_size
         sequence.row = self._free_rows.pop()
@@ -232,7 +233,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
         sequence.num_computed = 0
-        sequence.digests = []
         sequence.status = Status.WAITING
         self.add(sequence)
         self.num_preemptions += 1
@@ -249,9 +249,9 @@ class Scheduler:
         if self.prefix_cache is None:
             sequence.next_full_page = sequence.max_length + self.page_size  # never
             return
-        size = self.page_size
-        while (end := (len(sequence.digests) + 1) * size) <= min(sequence.num_computed, len(sequence.tokens)):
-            page = sequence.pages[len(sequence.digests)]
-            digest = self.prefix_cache.add(page, sequence.last_digest, sequence.tokens[end - size : end])
-            sequence.digests.append(digest)
-        sequence.next_full_page = end
+        self.prefix_cache.extend(sequence.digests, sequence.tokens)
+        num_full = min(sequence.num_computed, len(sequence.tokens)) // self.page_size
+        for index in range(sequence.num_remembered, num_full):
+            self.prefix_cache.add(sequence.pages[index], sequence.digests[index])
+        sequence.num_remembered = num_full
+        sequence.next_full_page = (num_full + 1) * self.page_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 
-from torchinfer.kv_cache.prefix import ROOT
 from torchinfer.request import FinishReason, SamplingParams
 
 
@@ -39,6 +38,7 @@ class Sequence:
         "num_computed",
         "num_pending",
         "num_prompt",
+        "num_remembered",
         "pages",
         "params",
         "pending_row",
@@ -82,7 +82,8 @@ class Sequence:
         self.num_cached = 0  # prompt tokens found in the prefix cache at the first admission
         self.row = -1  # of the page table, while running
         self.pages: list[int] = []
-        self.digests: list[bytes] = []  # of the full pages that the prefix cache was told of
+        self.digests: list[bytes] = []  # of full pages of `tokens`, as far as they were needed
+        self.num_remembered = 0  # pages that the prefix cache was told of
         self.next_full_page = 0  # num_computed at which the next page is full
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
@@ -99,10 +100,6 @@ class Sequence:
     @property
     def output_ids(self) -> list[int]:
         return self.tokens[self.num_prompt :]
-
-    @property
-    def last_digest(self) -> bytes:
-        return self.digests[-1] if self.digests else ROOT
 
     @property
     def order(self) -> tuple[int, int]:

@@ -32,39 +32,35 @@ class PrefixCache:
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
 
-    def match(self, token_ids: list[int]) -> tuple[list[int], list[bytes]]:
-        """The pages of the longest known prefix, each with one more reference, and their digests.
-
-        At least one token is left over, because its logits are wanted.
-        """
+    def extend(self, digests: list[bytes], token_ids: list[int]) -> None:
+        """Append the digests of those full pages of `token_ids` that `digests` lacks."""
         size = self._page_size
+        for end in range((len(digests) + 1) * size, len(token_ids) + 1, size):
+            parent = digests[-1] if digests else ROOT
+            digests.append(page_digest(parent, token_ids[end - size : end]))
+
+    def match(self, digests: list[bytes]) -> list[int]:
+        """The pages of the longest known prefix, each with one more reference."""
         pages: list[int] = []
-        digests: list[bytes] = []
-        digest = ROOT
-        for end in range(size, len(token_ids), size):
-            digest = page_digest(digest, token_ids[end - size : end])
+        for digest in digests:
             page = self._page_of.get(digest)
             if page is None:
                 break
-            pages.append(page)
-            digests.append(digest)
-        for page in pages:
             self._pool.hold(page)
-        return pages, digests
+            pages.append(page)
+        return pages
 
     def count(self, num_queried_tokens: int, num_hit_tokens: int) -> None:
         """Add to the hit rate's counters: once for each admission, however often it was tried."""
         self.num_queried_tokens += num_queried_tokens
         self.num_hit_tokens += num_hit_tokens
 
-    def add(self, page: int, parent: bytes, token_ids: list[int]) -> bytes:
-        """Remember a full page that a sequence holds; returns its digest. The first page of a digest stays."""
-        digest = page_digest(parent, token_ids)
+    def add(self, page: int, digest: bytes) -> None:
+        """Remember a full page that a sequence holds. The first page of a digest stays."""
         if digest not in self._page_of:
             self._page_of[digest] = page
             self._digest_of[page] = digest
             self._pool.keep(page)
-        return digest
 
     def _forget(self, page: int) -> None:
         del self._page_of[self._digest_of.pop(page)]
