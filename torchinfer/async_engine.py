@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -115,10 +116,10 @@ class AsyncEngine:
         self._seconds_between_ends = 1.0  # a running mean
         self._lock = threading.Lock()
         self._outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._worker: multiprocessing.process.BaseProcess | threading.Thread | None = None
-        self._threads = [threading.Thread(target=f, daemon=True) for f in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
+        self._worker: BaseProcess | threading.Thread | None = None
+        self._receiver = threading.Thread(target=self._receive, daemon=True)
+        self._receiver.start()
+        threading.Thread(target=self._send, daemon=True).start()
 
     @classmethod
     def from_config(cls, config: EngineConfig, *, max_queue: int = 1024) -> Self:
@@ -198,13 +199,11 @@ class AsyncEngine:
         """End the engine; every open request gets an error event. Returns when it has ended."""
         atexit.unregister(self.close)
         self._outbox.put(("close", None))
-        if self._worker is not None:
-            self._worker.join(CLOSE_SECONDS)
-            if isinstance(self._worker, multiprocessing.process.BaseProcess) and self._worker.is_alive():
-                logger.warning("the engine did not end within %g s; its process is killed", CLOSE_SECONDS)
-                self._worker.kill()
-        for thread in self._threads:
-            thread.join(CLOSE_SECONDS)
+        self._receiver.join(CLOSE_SECONDS)
+        if self._receiver.is_alive() and isinstance(self._worker, BaseProcess):
+            logger.warning("the engine did not end within %g s; its process is killed", CLOSE_SECONDS)
+            self._worker.kill()
+            self._receiver.join()
 
     def _check_open(self, request_id: str) -> None:
         if self.failure is not None:
@@ -246,10 +245,11 @@ class AsyncEngine:
         self._outbox.put(("close", None))
 
     def _why_it_ended(self) -> str:
-        if isinstance(self._worker, multiprocessing.process.BaseProcess):
-            self._worker.join(CLOSE_SECONDS)
-            if self._worker.exitcode != 0:
-                return f"the engine's process ended with code {self._worker.exitcode}"
+        """Only this thread may wait for the process: of two that do, one never learns that it has ended."""
+        if self._worker is not None:
+            self._worker.join()
+        if isinstance(self._worker, BaseProcess) and self._worker.exitcode != 0:
+            return f"the engine's process ended with code {self._worker.exitcode}"
         return CLOSED
 
     def _in_loop(self, function: Callable[[Any], None], argument: object) -> None:

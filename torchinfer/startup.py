@@ -11,7 +11,7 @@ import torch
 
 from torchinfer import kernels
 from torchinfer.config import EngineConfig
-from torchinfer.device import DEFAULT_CACHE_SHARE, free_memory_bytes, resolve_device
+from torchinfer.device import DEFAULT_CACHE_SHARE, bound_cpu_caches, free_memory_bytes, resolve_device
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
@@ -41,6 +41,8 @@ def start_engine(config: EngineConfig) -> Engine:
     model_config = ModelConfig.from_dict(checkpoint.config)
     max_model_len = _resolve_max_model_len(config, model_config)
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        bound_cpu_caches()
     dtype = _resolve_dtype(config.dtype, checkpoint.config)
     tokenizer = Tokenizer.from_folder(Path(config.model))
     model = load_model(
