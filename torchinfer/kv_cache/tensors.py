@@ -48,7 +48,8 @@ def allocate(
     """
     shape = (2, num_pages, page_size, model.num_kv_heads, model.head_dim)
     try:
-        return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(model.num_layers)]
+        # Written now: memory that is only promised would run out in the middle of traffic.
+        return [torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(model.num_layers)]
     except (torch.OutOfMemoryError, RuntimeError) as error:
         total = num_pages * page_bytes(model, page_size, dtype)
         raise DeviceError(
