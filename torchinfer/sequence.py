@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import enum
-import struct
 
 from torchinfer.request import FinishReason, SamplingParams
-
-# temperature, top_p, min_p, top_k, seed; step_input.SAMPLING is the same for numpy.
-SAMPLING_FORMAT = "<fffiQ"
 
 
 class Status(enum.Enum):
@@ -49,7 +45,7 @@ class Sequence:
         "priority",
         "request_id",
         "row",
-        "sampling",
+        "seed",
         "status",
         "stop_ids",
         "stop_match",
@@ -77,6 +73,7 @@ class Sequence:
         self.arrival = arrival
         self.stop_ids = stop_ids
         self.max_length = max_length  # tokens of prompt and output after which it ends
+        self.seed = seed
         self.tokens = list(prompt_ids)
         self.num_prompt = len(prompt_ids)
         self.num_computed = 0
@@ -91,8 +88,6 @@ class Sequence:
         self.status = Status.WAITING
         self.finish_reason: FinishReason | None = None
         self.stop_match: int | None = None
-        # Packed once: joining bytes is far cheaper than collecting five numbers of each sequence in each step.
-        self.sampling = struct.pack(SAMPLING_FORMAT, params.temperature, params.top_p, params.min_p, params.top_k, seed)
         self.is_greedy = params.is_greedy
         self.has_filter = not params.is_greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.may_have_edits = params.needs_history or bool(params.logit_bias) or params.min_tokens > 0

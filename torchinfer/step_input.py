@@ -152,19 +152,18 @@ def split_sampling(sampling: Ints) -> tuple[Ints, NDArray[np.float32]]:
     return sampling[:num_requests], sampling[num_requests:].view(np.float32).reshape(4, num_requests)
 
 
-SAMPLING = np.dtype([("temperature", "<f4"), ("top_p", "<f4"), ("min_p", "<f4"), ("top_k", "<i4"), ("seed", "<u8")])
-
-
 def _pack_sampling(sampled: list[Sequence], top_k: Ints, reals: NDArray[np.float32]) -> None:
+    temperature, top_p, min_p, uniform = reals
+    top_p[:] = 1.0
     n = len(sampled)
-    records = np.frombuffer(b"".join([s.sampling for s in sampled]), SAMPLING)
-    for row, name in enumerate(("temperature", "top_p", "min_p")):
-        reals[row, :n] = records[name]
-    reals[1, n:] = 1.0  # a top_p of padded rows
-    top_k[:n] = records["top_k"]
+    temperature[:n] = [s.params.temperature for s in sampled]
+    top_p[:n] = [s.params.top_p for s in sampled]
+    min_p[:n] = [s.params.min_p for s in sampled]
+    top_k[:n] = [s.params.top_k for s in sampled]
+    seeds = np.array([s.seed for s in sampled], np.uint64)
     # The index of the new token among the outputs: all before it are computed in this step.
     counts = np.array([s.num_computed - s.num_prompt for s in sampled], np.uint64)
-    reals[3, :n] = uniform_numbers(records["seed"], counts)
+    uniform[:n] = uniform_numbers(seeds, counts)
 
 
 GAMMA, FIRST, SECOND = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)

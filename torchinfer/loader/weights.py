@@ -22,6 +22,7 @@ from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.placement import Placement, dtype_name, place, tied_names
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
+from torchinfer.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def load_model(
     moe_mode: str = "dropless",
     moe_capacity_factor: float = 1.25,
     progress: bool = False,
-) -> nn.Module:
+) -> Decoder:
     """Build the model of a config and fill it.
 
     Raises:

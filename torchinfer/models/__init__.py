@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 from torchinfer.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from torchinfer.models.config import ModelConfig
+    from torchinfer.models.decoder import Decoder
 
 # Hugging Face architecture -> module here; its class is always `Model`.
 ARCHITECTURES = {
@@ -30,7 +29,7 @@ ARCHITECTURES = {
 }
 
 
-def build_model(config: ModelConfig, moe_mode: str = "dropless", moe_capacity_factor: float = 1.25) -> nn.Module:
+def build_model(config: ModelConfig, moe_mode: str = "dropless", moe_capacity_factor: float = 1.25) -> Decoder:
     """Build the model of a config; its parameters are empty, on the current default device (often meta).
 
     Raises:
@@ -42,5 +41,5 @@ def build_model(config: ModelConfig, moe_mode: str = "dropless", moe_capacity_fa
     elif moe_mode != "dropless":
         raise ConfigError(f"moe_mode={moe_mode!r}: {config.architecture} has no experts; leave it at 'dropless'")
     module = importlib.import_module(f"torchinfer.models.{ARCHITECTURES[config.architecture]}")
-    model: nn.Module = module.Model(config)
+    model: Decoder = module.Model(config)
     return model
