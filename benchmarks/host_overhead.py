@@ -44,8 +44,7 @@ class NullRunner:
         """Nothing to do."""
 
     def launch(self, plan: Plan, page_table: Ints) -> Launched:
-        most = max([s.num_computed for s in plan.decodes] + [chunk.end for chunk in plan.chunks])
-        shape = StepShape(plan.num_tokens, len(plan.decodes) + len(plan.chunks), -(-most // PAGE_SIZE))
+        shape = StepShape(plan.num_tokens, len(plan.decodes) + len(plan.chunks), -(-plan.max_kv_length // PAGE_SIZE))
         packed = torch.from_numpy(pack(plan, page_table, PAGE_SIZE, shape).packed)
         unpack(packed[: shape.num_forward], shape, PAGE_SIZE, plan)
         if not plan.all_greedy:

@@ -8,7 +8,7 @@ import torch
 from torchinfer.request import SamplingParams
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.sequence import Sequence
-from torchinfer.step_input import StepShape, pack, unpack, unpack_sampling
+from torchinfer.step_input import StepShape, pack, sampling_record, unpack, unpack_sampling
 
 PAGE_SIZE = 4
 PAGE_TABLE = np.array([[3, 5, 0], [7, 2, 9]], np.int32)
@@ -16,9 +16,9 @@ PAGE_TABLE = np.array([[3, 5, 0], [7, 2, 9]], np.int32)
 
 def sequence(tokens: list[int], num_prompt: int, num_computed: int, row: int, **params: object) -> Sequence:
     sampling = SamplingParams(**params)  # type: ignore[arg-type]
-    found = Sequence(
-        "r", 0, tokens[:num_prompt], sampling, priority=0, arrival=0, stop_ids=frozenset(), max_length=99, seed=3
-    )
+    rest = {"priority": 0, "arrival": 0, "stop_ids": frozenset(), "max_length": 99}
+    record = sampling_record(sampling, 3)
+    found = Sequence("r", 0, tokens[:num_prompt], sampling, sampling_record=record, **rest)
     found.tokens, found.num_computed, found.row = tokens, num_computed, row
     return found
 
@@ -27,7 +27,7 @@ def plan() -> Plan:
     """A decode of token 15 at position 5 in row 1, and tokens 1 to 3 of a prompt of six in row 0."""
     decode = sequence([10, 11, 12, 13, 14, 15], 4, 6, 1, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
     prompt = sequence([20, 21, 22, 23, 24, 25], 6, 4, 0)
-    return Plan([decode], [-1], [Chunk(prompt, 1, 4, samples=False)], 4)
+    return Plan([decode], [-1], [Chunk(prompt, 1, 4, samples=False)], 4, 6, sampled=[decode], all_greedy=False)
 
 
 def test_exact_shapes() -> None:

@@ -17,6 +17,7 @@ from torchinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs,
 from torchinfer.runner import Launched, Runner, StepOutput
 from torchinfer.scheduler import Scheduler
 from torchinfer.sequence import Sequence, Status
+from torchinfer.step_input import sampling_record
 from torchinfer.tokenizer import Tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of a request's samples
@@ -144,7 +145,7 @@ class Engine:
             arrival=arrival,
             stop_ids=frozenset(stop_ids),
             max_length=min(len(request.prompt_ids) + params.max_tokens, self.info.max_model_len),
-            seed=seed % 2**64,
+            sampling_record=sampling_record(params, seed % 2**64),
         )
 
     def _needs_host_ids(self) -> bool:

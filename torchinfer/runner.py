@@ -83,8 +83,9 @@ class EagerRunner:
 
     @torch.inference_mode()
     def launch(self, plan: Plan, page_table: Ints) -> Launched:
-        most = max([s.num_computed for s in plan.decodes] + [chunk.end for chunk in plan.chunks])
-        shape = StepShape(plan.num_tokens, len(plan.decodes) + len(plan.chunks), -(-most // self._page_size))
+        shape = StepShape(
+            plan.num_tokens, len(plan.decodes) + len(plan.chunks), -(-plan.max_kv_length // self._page_size)
+        )
         packed = self._send(pack(plan, page_table, self._page_size, shape).packed)
         step = unpack(packed[: shape.num_forward], shape, self._page_size, plan)
         if max(plan.feed, default=-1) >= 0:

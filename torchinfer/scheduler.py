@@ -40,16 +40,14 @@ class Plan:
     feed: list[int] = field(default_factory=list)  # of each decode: row of its token in the last step's ids; -1: known
     chunks: list[Chunk] = field(default_factory=list)
     num_tokens: int = 0
+    max_decode_kv_length: int = 0  # tokens in the cache of the longest decode, its new one included
+    sampled: list[Sequence] = field(default_factory=list)  # who gets a token, in row order
+    all_greedy: bool = True  # no sampled sequence needs a random number
 
     @property
-    def sampled(self) -> list[Sequence]:
-        """Sequences that get a token, in row order."""
-        return self.decodes + [chunk.sequence for chunk in self.chunks if chunk.samples]
-
-    @property
-    def all_greedy(self) -> bool:
-        """Whether no sampled sequence needs a random number."""
-        return all(map(attrgetter("is_greedy"), self.sampled))
+    def max_kv_length(self) -> int:
+        """Tokens in the cache of the longest request once the step has run."""
+        return max([self.max_decode_kv_length, *(chunk.end for chunk in self.chunks)])
 
 
 class Scheduler:
@@ -108,6 +106,8 @@ class Scheduler:
             if sequence.status is Status.RUNNING:
                 self._plan_chunk(sequence, plan)
         self._admit(plan)
+        plan.sampled = plan.decodes + [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        plan.all_greedy = all(map(attrgetter("is_greedy"), plan.sampled))
         for row, sequence in enumerate(plan.sampled):
             sequence.num_pending += 1
             sequence.pending_row = row
@@ -152,7 +152,7 @@ class Scheduler:
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """Plan every running sequence with one token to compute; returns those with more."""
         size = self.page_size
-        decodes, feed, chunked = plan.decodes, plan.feed, []
+        decodes, feed, chunked, longest = plan.decodes, plan.feed, [], 0
         for sequence in tuple(self.running):
             if sequence.status is not Status.RUNNING:
                 continue  # preempted for an earlier one
@@ -163,10 +163,12 @@ class Scheduler:
             elif num_known < sequence.max_length and (
                 num_computed < len(sequence.pages) * size or self._grow(sequence, plan)
             ):
-                sequence.num_computed = num_computed + 1
+                sequence.num_computed = num_known
+                if num_known > longest:
+                    longest = num_known
                 decodes.append(sequence)
                 feed.append(sequence.pending_row if sequence.num_pending else -1)
-        plan.num_tokens = len(decodes)
+        plan.num_tokens, plan.max_decode_kv_length = len(decodes), longest
         return chunked
 
     def _plan_chunk(self, sequence: Sequence, plan: Plan) -> None:

@@ -45,7 +45,7 @@ class Sequence:
         "priority",
         "request_id",
         "row",
-        "seed",
+        "sampling_record",
         "status",
         "stop_ids",
         "stop_match",
@@ -64,7 +64,7 @@ class Sequence:
         arrival: int,
         stop_ids: frozenset[int],
         max_length: int,
-        seed: int,
+        sampling_record: bytes,
     ) -> None:
         self.request_id = request_id
         self.index = index  # which of the request's n samples
@@ -73,7 +73,7 @@ class Sequence:
         self.arrival = arrival
         self.stop_ids = stop_ids
         self.max_length = max_length  # tokens of prompt and output after which it ends
-        self.seed = seed
+        self.sampling_record = sampling_record  # of params and seed, see step_input.py
         self.tokens = list(prompt_ids)
         self.num_prompt = len(prompt_ids)
         self.num_computed = 0

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchinfer.batch import Batch
+from torchinfer.request import SamplingParams
 from torchinfer.sampler import SamplingTensors
 from torchinfer.scheduler import Plan
 from torchinfer.sequence import Sequence
@@ -106,7 +107,7 @@ def pack(plan: Plan, page_table: Ints, page_size: int, shape: StepShape) -> Pack
     page, offset = np.divmod(step.positions[:n], page_size)
     np.add(step.page_table[step.row[:n], page] * page_size, offset, out=step.slot[:n])
     if not plan.all_greedy:  # nobody reads them otherwise
-        _pack_sampling(plan.sampled, *split_sampling(step.sampling))
+        _pack_sampling(plan.sampled, step.sampling)
     return step
 
 
@@ -152,26 +153,30 @@ def split_sampling(sampling: Ints) -> tuple[Ints, NDArray[np.float32]]:
     return sampling[:num_requests], sampling[num_requests:].view(np.float32).reshape(4, num_requests)
 
 
-def _pack_sampling(sampled: list[Sequence], top_k: Ints, reals: NDArray[np.float32]) -> None:
-    temperature, top_p, min_p, uniform = reals
-    top_p[:] = 1.0
-    n = len(sampled)
-    temperature[:n] = [s.params.temperature for s in sampled]
-    top_p[:n] = [s.params.top_p for s in sampled]
-    min_p[:n] = [s.params.min_p for s in sampled]
-    top_k[:n] = [s.params.top_k for s in sampled]
-    seeds = np.array([s.seed for s in sampled], np.uint64)
+def sampling_record(params: SamplingParams, seed: int) -> bytes:
+    """What a sequence's rows have in common, as `RECORD`; made once, because there are many steps."""
+    key = _mix(np.array([seed], np.uint64) + GAMMA)  # close seeds give keys far apart
+    reals = np.array([params.temperature, params.top_p, params.min_p], np.float32)
+    return np.int32(params.top_k).tobytes() + reals.tobytes() + key.tobytes()
+
+
+def _pack_sampling(sampled: list[Sequence], sampling: Ints) -> None:
+    n, rows = len(sampled), sampling.reshape(5, -1)
+    rows[2, n:].view(np.float32)[:] = 1.0  # top_p
+    records = np.frombuffer(b"".join([s.sampling_record for s in sampled]), RECORD)
+    rows[:4, :n] = records["params"].T
     # The index of the new token among the outputs: all before it are computed in this step.
     counts = np.array([s.num_computed - s.num_prompt for s in sampled], np.uint64)
-    uniform[:n] = uniform_numbers(seeds, counts)
+    rows[4, :n] = uniform_numbers(records["key"], counts).view(np.int32)
 
 
+RECORD = np.dtype([("params", np.int32, 4), ("key", np.uint64)])  # top_k; bits of temperature, top_p, min_p
 GAMMA, FIRST, SECOND = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
 
-def uniform_numbers(seeds: NDArray[np.uint64], counts: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """One number in [0, 1) for each (seed, count), 24 bits: SplitMix64 (Steele et al., OOPSLA 2014) of their mix."""
-    bits = _mix(_mix(seeds + GAMMA) + counts * GAMMA)
+def uniform_numbers(keys: NDArray[np.uint64], counts: NDArray[np.uint64]) -> NDArray[np.float32]:
+    """One number in [0, 1) for each (key, count), 24 bits: SplitMix64 (Steele et al., OOPSLA 2014) of their mix."""
+    bits = _mix(keys + counts * GAMMA)
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -200,7 +205,7 @@ def unpack(packed: Tensor, shape: StepShape, page_size: int, plan: Plan | None) 
         page_table=packed[c:d].view(shape.num_requests, shape.table_width),
         page_size=page_size,
         num_decodes=len(plan.decodes) if plan else None,
-        max_decode_kv_length=max([s.num_computed for s in plan.decodes], default=0) if plan else None,
+        max_decode_kv_length=plan.max_decode_kv_length if plan else None,
         prefills=_prefills(plan) if plan else None,
     )
     return StepInput(batch, feed, sample_index)
@@ -208,10 +213,9 @@ def unpack(packed: Tensor, shape: StepShape, page_size: int, plan: Plan | None) 
 
 def unpack_sampling(sampling: Tensor) -> SamplingTensors:
     """The sampling part of a packed step, int32 [5 * R], as parameters; a view."""
-    num_requests = len(sampling) // 5
-    reals = sampling[num_requests:].view(torch.float32).view(4, num_requests)
-    temperature, top_p, min_p, uniform = reals.unbind()
-    return SamplingTensors(temperature, sampling[:num_requests], top_p, min_p, uniform)
+    rows = sampling.view(5, -1)
+    temperature, top_p, min_p, uniform = rows.view(torch.float32)[1:].unbind()
+    return SamplingTensors(temperature, rows[0], top_p, min_p, uniform)
 
 
 def _prefills(plan: Plan) -> tuple[tuple[int, int, int, int], ...]:
