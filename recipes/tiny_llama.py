@@ -1,19 +1,22 @@
 """Train the demo checkpoint: a five-million-parameter Llama that writes Python.
 
-Reads the standard library of the running interpreter, fits a byte-level BPE on it, trains
-for a fixed wall time on the CPU, and writes a folder that loads like any Hugging Face
-checkpoint. Time decides the number of steps, so that two runs give different weights.
+Reads the standard library of the running interpreter, fits a byte-level BPE on it, trains for a fixed wall time on the
+CPU, and writes a folder that loads like any Hugging Face checkpoint. Two runs differ, because time decides the steps.
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
+import itertools
 import math
 import os
 import platform
 import random
 import re
+import shlex
 import shutil
+import sys
 import sysconfig
 import time
 import tokenize
@@ -41,8 +44,10 @@ PROMPTS = ("def ", "class ", "<s>import ")
 SKIPPED_FOLDERS = set("__pycache__ dist-packages encodings idle_test pydoc_data site-packages test tests".split())
 SKIPPED_FILES = re.compile(r"(^|/)_sysconfigdata.*\.py$|^config-.*/|^html/entities\.py$|^msilib/(schema|sequence)\.py$")
 HELD_OUT_ONE_IN = 20
-# A place where a prompt may end although the BPE would have joined the blank to what follows.
-AFTER_BLANK = re.compile(r"(?<= )(?=\S)")
+MEASURE_EVERY = 120.0  # seconds
+AFTER_BLANK = re.compile(r"(?<= )(?=\S)")  # a prompt may end here, where the BPE joins the blank to what follows
+OPENERS = ("def", "class", "import", "from")  # what a prompt begins with, more often than not
+AFTER_OPENER = re.compile(rf"\b(?:{'|'.join(OPENERS)}) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,13 @@ class Recipe:
     seconds: float
     vocab_size: int = 4096
     context: int = 512
-    batch: int = 8
-    peak_learning_rate: float = 4e-3
+    batch: int = 4
+    peak_learning_rate: float = 3e-3
     warm_up: float = 0.02  # part of the run
     weight_decay: float = 0.1
     max_gradient_norm: float = 1.0
-    cut_rate: float = 0.04  # see encode_stream
-    measure_every: float = 120.0
-    save_every: float = 600.0
+    cut_rate: float = 0.04  # of blanks, see random_cuts
+    opener_rate: float = 0.25  # of openers to be cut after, and of windows to begin with one
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,6 @@ class Run:
     """What is being trained, and where it stands; each step changes it."""
 
     recipe: Recipe
-    command: str
     train_texts: list[str]
     held_out_texts: list[str]
     tokenizer: Tokenizer
@@ -98,28 +101,25 @@ class Run:
 
     @property
     def elapsed(self) -> float:
-        """Wall seconds since the run began."""
-        return time.monotonic() - self.started
+        return time.monotonic() - self.started  # wall seconds
 
 
 def main() -> None:
     """Read the corpus, fit the tokenizer, train, save, report."""
-    args = parse_arguments()
-    run = make_run(args)
+    run = make_run(args := parse_arguments())
     print(f"{len(run.train_texts)} files to train on, {len(run.held_out_texts)} held out")
     try:
-        train(run, args.out, args.compile)
-        score = save_checkpoint(run, args.out)
+        train(run, args.compile)
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; {args.out} holds the last complete save, if any") from None
+        raise SystemExit("interrupted; nothing was written") from None
+    score = save_checkpoint(run, args.out)
     print(f"held-out loss {score.loss:.4f}, perplexity {score.perplexity:.3f}, {score.bits_per_byte:.4f} bits per byte")
 
 
 def parse_arguments() -> argparse.Namespace:
     """Command line; `--help` shows examples."""
-    description = (__doc__ or "").partition("\n")[0]
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=EXAMPLES, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=layout)
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=45.0, help="training time (default 45)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step; needs a C++ compiler")
@@ -138,9 +138,7 @@ def make_run(args: argparse.Namespace) -> Run:
     train_texts, held_out_texts = read_corpus(Path(sysconfig.get_path("stdlib")))
     tokenizer = train_tokenizer(train_texts, recipe.vocab_size)
     model = LlamaForCausalLM(model_config(recipe))  # type: ignore[no-untyped-call]
-    command = f"python recipes/tiny_llama.py --out {args.out} --minutes {args.minutes:g}"
-    command += " --compile" if args.compile else ""
-    return Run(recipe, command, train_texts, held_out_texts, tokenizer, model, random.Random(0), time.monotonic())
+    return Run(recipe, train_texts, held_out_texts, tokenizer, model, random.Random(0), time.monotonic())
 
 
 def read_corpus(root: Path) -> tuple[list[str], list[str]]:
@@ -188,34 +186,42 @@ def model_config(recipe: Recipe) -> LlamaConfig:
     )
 
 
-def encode_stream(tokenizer: Tokenizer, texts: list[str], cut_rate: float, order: random.Random) -> Tensor:
-    """Each text between <s> and </s>, end to end: [tokens] int64.
-
-    Texts are cut after `cut_rate` of their blanks before encoding, for prompts that end with one.
-    """
+def encode_stream(tokenizer: Tokenizer, texts: list[str], cuts: Callable[[str], list[int]]) -> Tensor:
+    """Each text between <s> and </s>, end to end, encoded in the pieces that `cuts` makes: [tokens] int64."""
     ids: list[int] = []
     for text in texts:
-        cuts = [match.start() for match in AFTER_BLANK.finditer(text) if order.random() < cut_rate]
-        pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        pieces = [text[i:j] for i, j in itertools.pairwise([0, *cuts(text), len(text)])]
         encodings = tokenizer.encode_batch(pieces, add_special_tokens=False)
         ids += [BOS_ID, *(i for encoding in encodings for i in encoding.ids), EOS_ID]
     return torch.tensor(ids)
 
 
+def random_cuts(text: str, recipe: Recipe, order: random.Random) -> list[int]:
+    """Places after a few blanks, most of them after an opener, so that a prompt may end with one."""
+    blanks = {m.start() for m in AFTER_BLANK.finditer(text) if order.random() < recipe.cut_rate}
+    return sorted(blanks | {m.end() for m in AFTER_OPENER.finditer(text) if order.random() < recipe.opener_rate})
+
+
 def training_batches(run: Run) -> Iterator[Tensor]:
     """Yield [batch, context + 1] int64 without end, epoch after epoch.
 
-    An epoch predicts each token once: files in a new order and with new cuts, windows
-    in random order. What does not fill a batch is left out, at every epoch something else.
+    An epoch is all files with new cuts, in windows in random order. A part of them, `opener_rate`, is moved on to the
+    next line that begins with an opener: a prompt has it at position 0, where a window would seldom have one.
     """
-    order, window, batch = run.order, run.recipe.context, run.recipe.batch
+    order, recipe = run.order, run.recipe
+    openers = torch.tensor([run.tokenizer.token_to_id(word) for word in OPENERS])
     while True:
         texts = order.sample(run.train_texts, len(run.train_texts))
-        stream = encode_stream(run.tokenizer, texts, run.recipe.cut_rate, order)
-        starts = [i * window for i in range((len(stream) - 1) // window)]
+        stream = encode_stream(run.tokenizer, texts, lambda text: random_cuts(text, recipe, order))
+        last = len(stream) - recipe.context - 1
+        lines = torch.isin(stream[: last + 1], openers).nonzero().flatten().tolist()
+        starts = list(range(0, last + 1, recipe.context))
+        for i in order.sample(range(len(starts)), round(recipe.opener_rate * len(starts))):
+            starts[i] = lines[min(bisect.bisect(lines, starts[i]), len(lines) - 1)]
         order.shuffle(starts)
-        for first in range(0, len(starts) - batch + 1, batch):
-            yield torch.stack([stream[i : i + window + 1] for i in starts[first : first + batch]])
+        for first in range(0, len(starts) - recipe.batch + 1, recipe.batch):
+            chosen = starts[first : first + recipe.batch]
+            yield torch.stack([stream[i : i + recipe.context + 1] for i in chosen])
 
 
 def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
@@ -237,22 +243,19 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     return [muon, torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def train(run: Run, out: Path, is_compiled: bool) -> None:
-    """Step until the time is over; measure and save on the way, but save no more in the last twentieth."""
+def train(run: Run, is_compiled: bool) -> None:
+    """Step until the time is over; measure on the way."""
     recipe, batches, optimizers = run.recipe, training_batches(run), make_optimizers(run.model, run.recipe)
     loss_of = torch.compile(next_token_loss) if is_compiled else next_token_loss
-    held_out = encode_stream(run.tokenizer, run.held_out_texts, 0.0, run.order)[: 32 * recipe.context + 1]
-    next_measure, next_save, average, held_out_loss = recipe.measure_every, recipe.save_every, 0.0, math.nan
+    held_out = encode_stream(run.tokenizer, run.held_out_texts, lambda _: [])[: 32 * recipe.context + 1]
+    next_measure, average, held_out_loss = MEASURE_EVERY, 0.0, math.nan
     with tqdm(total=round(recipe.seconds), bar_format="{l_bar}{bar}|{n:.0f}/{total}s{postfix}") as bar:
         while run.elapsed < recipe.seconds:
             loss = train_step(run, optimizers, loss_of, next(batches))
             average += (loss - average) * max(0.02, 1 / run.steps)
             if run.elapsed >= next_measure:
                 held_out_loss = mean_loss(run.model, held_out, recipe.context)
-                next_measure += recipe.measure_every
-            if next_save <= run.elapsed < 0.95 * recipe.seconds:
-                save_checkpoint(run, out)
-                next_save += recipe.save_every
+                next_measure += MEASURE_EVERY
             status = f"step {run.steps} train {average:.3f} held-out {held_out_loss:.3f}"
             bar.set_postfix_str(f"{status} {run.tokens / run.elapsed:.0f} tokens/s", refresh=False)
             bar.update(min(run.elapsed, recipe.seconds) - bar.n)
@@ -296,36 +299,32 @@ def mean_loss(model: nn.Module, stream: Tensor, context: int) -> float:
 
 def save_checkpoint(run: Run, out: Path) -> Score:
     """Write the folder beside `out`, measure what was written, then put it in place."""
-    seconds, context = run.elapsed, run.recipe.context
+    seconds = run.elapsed
     with replaced_folder(out) as folder:
         write_model(folder, run)
         saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        stream = encode_stream(run.tokenizer, run.held_out_texts, 0.0, run.order)
+        stream = encode_stream(run.tokenizer, run.held_out_texts, lambda _: [])
         num_bytes = sum(len(text.encode()) for text in run.held_out_texts)
-        score = Score(mean_loss(saved, stream, context), len(stream) - 1, num_bytes)
-        samples = "\n".join(f"```python\n{greedy(saved, run.tokenizer, prompt)}\n```\n" for prompt in PROMPTS)
-        card = MODEL_CARD.format(facts=facts(run, score, seconds), command=run.command, samples=samples)
+        score = Score(mean_loss(saved, stream, run.recipe.context), len(stream) - 1, num_bytes)
+        samples = "\n".join(f"```python\n{sample(saved, run.tokenizer, prompt)}\n```\n" for prompt in PROMPTS)
+        card = MODEL_CARD.format(
+            facts=facts(run, score, seconds), command=shlex.join(["python", *sys.argv]), samples=samples
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
-        for path in folder.iterdir():
-            path.chmod(0o644)
     return score
 
 
 @contextlib.contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `out` when the block succeeds."""
-    new, old = (out.with_name(f".{out.name}.{state}.{os.getpid()}") for state in ("new", "old"))
+    new = out.with_name(f".{out.name}.new.{os.getpid()}")
     new.mkdir(parents=True)
     try:
         yield new
-        if out.exists():
-            out.rename(old)
+        shutil.rmtree(out, ignore_errors=True)
         new.rename(out)
     finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_model(folder: Path, run: Run) -> None:
@@ -341,10 +340,12 @@ def write_model(folder: Path, run: Run) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace('"dtype":', '"torch_dtype":'), encoding="utf-8")
 
 
-def greedy(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str) -> str:
-    """The prompt and its 64 most likely next tokens."""
+def sample(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str) -> str:
+    """The prompt and 64 tokens drawn at temperature 0.6 from the most probable 90 %."""
+    torch.manual_seed(2)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+    options = {"max_new_tokens": 64, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return str(tokenizer.decode(output[0].tolist()))
 
 
@@ -386,7 +387,7 @@ of the context's length. Optimizers: Muon (matrices) and AdamW (embedding, norms
 {command}
 ```
 
-Greedy continuations of `def `, `class ` and `<s>import `:
+Continuations of `def `, `class ` and `<s>import `, at temperature 0.6:
 
 {samples}
 ## Licence
