@@ -30,6 +30,10 @@ ENGINE_FLAGS = {
     "moe_mode": ("--moe-mode capacity", "capacity"),
     "moe_capacity_factor": ("--moe-capacity-factor 2.5", 2.5),
     "compile_cache": ("--compile-cache c", "c"),
+    "load_memory": ("--load-memory 3GiB", 3 << 30),
+    "load_readers": ("--load-readers 4", 4),
+    "load_direct": ("--no-load-direct", False),
+    "verify": ("--verify", True),
     "progress": ("--no-progress", False),
 }
 SAMPLING_FLAGS = {
@@ -93,7 +97,7 @@ def test_memory_is_a_share_or_a_size(text, value):
     assert memory(text) == value
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -131,6 +135,8 @@ def test_wrong_usage_exits_with_2(argv, text, capsys):
         (["generate", "--model", "m", "--prompt", "x", "--top-p", "7"], "top_p=7.0"),
         (["generate", "--model", "m", "--prompt-file", "/no/file"], "cannot read --prompt-file /no/file"),
         (["inspect", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
+        (["doctor", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
+        (["doctor", "/tmp", "--seconds", "0"], "seconds=0 must be more than 0"),
         (["serve", "--model", "m", "--port", "70000"], "port=70000"),
         (["client", "--target", "localhost:1", "--prompt", "x"], "torchinfer: error: "),
     ],
@@ -202,6 +208,23 @@ def test_chat_without_a_template_is_an_error(capsys):
 def test_inspect_json_is_one_object(capsys):
     assert main(["inspect", str(MODEL), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == "LlamaForCausalLM"
+
+
+def test_doctor_prints_a_table_and_settings(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2 << 20))
+    assert main(["doctor", str(tmp_path), "--seconds", "0.5"]) == 0
+    output, stderr = capsys.readouterr()
+    assert "16 readers" in output
+    assert "loader settings: --load-readers" in output
+    assert stderr == ""  # no progress bar without a terminal
+
+
+def test_doctor_json_is_one_object(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(bytes(2 << 20))
+    assert main(["doctor", str(tmp_path), "--seconds", "0.5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"facts", "notes", "advice", "settings"}
+    assert found["facts"]["address"] == str(tmp_path)
 
 
 def endless():

@@ -19,6 +19,9 @@ HOMES = {
     "triton": ("torchinfer.kernels.cuda",),
     "grpc": ("torchinfer.serving",),
     "google": ("torchinfer.serving",),
+    "google_crc32c": ("torchinfer.fake_gcs_objects", "torchinfer.loader.checksum"),
+    "gcsfs": ("torchinfer.loader.gcs",),
+    "fsspec": (),
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
@@ -39,21 +42,24 @@ BACKENDS = ("torchinfer.kernels.reference", "torchinfer.kernels.tpu", "torchinfe
 # Top to bottom: a module imports from its own line and from those below it, never from above.
 LAYERS = (
     ("torchinfer.cli",),
+    ("torchinfer.console",),
     ("torchinfer.serving",),
     ("torchinfer.llm", "torchinfer.async_engine"),
     ("torchinfer.engine_loop",),
     ("torchinfer.startup",),
     ("torchinfer.engine",),
-    ("torchinfer.xla_runner", "torchinfer.fake_runner", "torchinfer.testing"),
+    ("torchinfer.xla_runner", "torchinfer.fake_runner", "torchinfer.fake_gcs", "torchinfer.testing"),
     ("torchinfer.runner",),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
+    ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),
     ("torchinfer.models",),
     ("torchinfer.kernels",),
     BACKENDS,
     ("torchinfer.engine_info",),
+    ("torchinfer.fake_gcs_objects",),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.weight_map"),
 )
@@ -161,6 +167,7 @@ RULES = {
         ("torchinfer.kernels.tpu.paged_attention", "triton.language"),
         ("torchinfer.cli", "grpc"),
         ("torchinfer.models.llama", "transformers"),
+        ("torchinfer.loader.storage", "gcsfs"),
     ],
     torch_where_it_is_not_needed: [("torchinfer.scheduler", "torch"), ("torchinfer.kv_cache.pages", "torch.nn")],
     imports_of_the_library_by_backends: [

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torchinfer.config import EngineConfig
@@ -27,6 +26,7 @@ from torchinfer.engine_loop import from_wire, run, run_process
 from torchinfer.errors import EngineError, OverloadedError, RequestError
 from torchinfer.request import FinishReason, Request, TokenEvent, Usage
 from torchinfer.tokenizer import Tokenizer
+from torchinfer.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from torchinfer.engine import Engine
@@ -140,7 +140,7 @@ class AsyncEngine:
         process.start()
         other.close()
         try:
-            tokenizer = Tokenizer.from_folder(Path(config.model))  # while the process loads
+            tokenizer = load_tokenizer(config.model)  # while the process loads
             kind, value = connection.recv()
         except EOFError:
             process.join()

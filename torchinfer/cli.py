@@ -1,4 +1,4 @@
-"""The `torchinfer` command: generate, serve, client, inspect.
+"""The `torchinfer` command: generate, serve, client, inspect, doctor.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
 Whatever takes long to import is imported by the command that needs it.
@@ -11,18 +11,18 @@ import json
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
-from torchinfer.errors import ConfigError, EngineError, TorchinferError
+from torchinfer.console import show
+from torchinfer.errors import ConfigError, TorchinferError
 from torchinfer.flags import FlagSet
-from torchinfer.request import SamplingParams, TokenEvent, TokenLogprobs
+from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
 
 ENGINE = FlagSet(
@@ -43,6 +43,10 @@ ENGINE = FlagSet(
         "moe_mode": "experts: dropless, or capacity: what exceeds the capacity factor is dropped and counted",
         "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
         "compile_cache": "XLA: folder that keeps compiled programs between starts",
+        "load_memory": "host memory for what is on its way from the checkpoint to its place",
+        "load_readers": "files read at once, at most (default: as many as bring more)",
+        "load_direct": "read around the page cache, O_DIRECT (default: where the first reads show a gain)",
+        "verify": "compare whole files with their CRC32C: Cloud Storage's, or that of a file CRC32C beside them",
         "progress": "progress bars on standard error, if it is a terminal",
     },
     choices={"device": DEVICES, "dtype": DTYPES, "moe_mode": MOE_MODES},
@@ -114,6 +118,13 @@ INSPECT_EXAMPLES = """examples:
 
 Exits with 1 when the checkpoint cannot be served as it is."""
 
+DOCTOR_EXAMPLES = """examples:
+  torchinfer doctor path/to/checkpoint
+  torchinfer doctor gs://bucket/checkpoint --seconds 10
+  torchinfer doctor path/to/checkpoint --json | jq .advice
+
+Reads parts of the files, and drops them from the page cache before."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
@@ -147,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_client(commands)
     _add_inspect(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -187,6 +199,16 @@ def _add_inspect(commands: Any) -> None:
     parser.add_argument("model", metavar="DIR", help="folder of a Hugging Face checkpoint")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_inspect)
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(commands, "doctor", "measure where a checkpoint lies and tell what to change", DOCTOR_EXAMPLES)
+    parser.add_argument("path", metavar="PATH", help="folder with a file of at least 1 MiB, or gs://bucket/prefix")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="X", help="at most, for each of six measurements (default: 3)"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.set_defaults(run=_doctor)
 
 
 def _command(
@@ -232,7 +254,7 @@ def _generate(arguments: argparse.Namespace) -> int:
                 raise ConfigError("--chat needs a model with a tokenizer, this one has none")
             inputs = [llm.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in prompts]
         streams = [llm.stream(prompt, params) for prompt in inputs]  # all run together, the first is shown live
-        _show(prompts, streams, params.n, arguments.json)
+        show(prompts, streams, params.n, arguments.json)
     return 0
 
 
@@ -246,7 +268,7 @@ def _client(arguments: argparse.Namespace) -> int:
     with Client(arguments.target, **tls) as client:
         inputs = [[{"role": "user", "content": text}] if arguments.chat else text for text in prompts]
         streams = (client.generate(prompt, params, timeout=arguments.timeout) for prompt in inputs)
-        _show(prompts, streams, params.n, arguments.json)
+        show(prompts, streams, params.n, arguments.json)
     return 0
 
 
@@ -267,82 +289,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0 if inspection.is_usable else 1
 
 
-@dataclass
-class _Sample:
-    prompt: str
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_match: str | int | None = None
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+def _doctor(arguments: argparse.Namespace) -> int:
+    from torchinfer.loader.doctor import diagnose
 
-    def add(self, event: TokenEvent) -> None:
-        self.text += event.text
-        self.token_ids += event.token_ids
-        if event.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + event.logprobs
-        if event.prompt_logprobs is not None:
-            self.prompt_logprobs = event.prompt_logprobs
-        if event.finish_reason is not None:
-            self.finish_reason, self.stop_match = event.finish_reason.value, event.stop_match
-
-
-def _show(prompts: list[str], streams: Iterable[Iterator[TokenEvent]], n: int, as_json: bool) -> None:
-    """Print what the streams bring: live text of a single sample, else sample by sample; a summary on stderr."""
-    clock = _Clock()
-    for number, (prompt, stream) in enumerate(zip(prompts, streams, strict=True), start=1):
-        if n > 1 or as_json:
-            for sample in _gathered(prompt, clock.timed(stream), n):
-                _print_sample(sample, number, as_json)
-            continue
-        if len(prompts) > 1:
-            print(f"=== prompt {number}")
-        for event in clock.timed(stream):
-            print(event.text, end="", flush=True)
-        print("\n" if number < len(prompts) else "")
-    clock.print_summary()
-    if clock.error is not None:
-        raise EngineError(clock.error)
-
-
-class _Clock:
-    """Counts and times the tokens of all streams; keeps the first error."""
-
-    def __init__(self) -> None:
-        self.error: str | None = None
-        self._start = time.perf_counter()
-        self._first_seconds: float | None = None
-        self._num_tokens = 0
-
-    def timed(self, stream: Iterator[TokenEvent]) -> Iterator[TokenEvent]:
-        for event in stream:
-            if event.token_ids and self._first_seconds is None:
-                self._first_seconds = time.perf_counter() - self._start
-            self._num_tokens += len(event.token_ids)
-            self.error = self.error or event.error
-            yield event
-
-    def print_summary(self) -> None:
-        seconds = time.perf_counter() - self._start
-        first = "" if self._first_seconds is None else f", first after {self._first_seconds * 1000:.0f} ms"
-        speed = f"{self._num_tokens / seconds:.1f} tokens/s{first}"
-        print(f"{self._num_tokens} tokens in {seconds:.2f} s, {speed}", file=sys.stderr)
-
-
-def _gathered(prompt: str, stream: Iterator[TokenEvent], n: int) -> list[_Sample]:
-    samples = [_Sample(prompt, index) for index in range(n)]
-    for event in stream:
-        samples[event.index].add(event)
-    return samples
-
-
-def _print_sample(sample: _Sample, number: int, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(asdict(sample), ensure_ascii=False), flush=True)
-    else:
-        print(f"=== prompt {number}, sample {sample.index + 1}\n{sample.text}", flush=True)
+    diagnosis = diagnose(arguments.path, arguments.seconds)
+    print(json.dumps(diagnosis.to_dict(), indent=2) if arguments.json else diagnosis.to_text())
+    return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:

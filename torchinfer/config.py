@@ -12,6 +12,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 MOE_MODES = ("dropless", "capacity")
 
 
+SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each
+Size = int  # bytes; the command line takes 2GiB
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Options of one engine.
@@ -33,6 +37,10 @@ class EngineConfig:
     moe_mode: str = "dropless"  # or capacity: overflow beyond the capacity factor is dropped and counted
     moe_capacity_factor: float = 1.25
     compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
+    load_memory: Size = 2 << 30  # bytes of host memory for what is on its way from the checkpoint to its place
+    load_readers: int | None = None  # files read at once, at most; None: as many as bring more
+    load_direct: bool | None = None  # read around the page cache (O_DIRECT); None: where the first reads show a gain
+    verify: bool = False  # compare the checkpoint's files with their CRC32C while they are loaded
     progress: bool = True  # progress bars on standard error, if it is a terminal
 
     def __post_init__(self) -> None:
@@ -47,6 +55,10 @@ def _problems(c: EngineConfig) -> list[str]:
     for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):
         if getattr(c, name) < 1:
             found.append(f"{name}={getattr(c, name)} must be at least 1")
+    if c.load_memory < SMALLEST_LOAD_MEMORY:
+        found.append(f"load_memory={c.load_memory} must be at least {SMALLEST_LOAD_MEMORY} bytes")
+    if c.load_readers is not None and c.load_readers < 1:
+        found.append(f"load_readers={c.load_readers} must be at least 1")
     if c.max_num_batched_tokens < c.max_num_requests:
         found.append(
             f"max_num_batched_tokens={c.max_num_batched_tokens} must be at least "

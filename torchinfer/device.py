@@ -95,6 +95,14 @@ def synchronize(device: torch.device) -> None:
         xla_model.wait_device_ops()
 
 
+def flush(device: torch.device) -> None:
+    """XLA: run what was recorded, and wait until it is done and transfers have left the host's memory."""
+    import torch_xla
+
+    torch_xla.sync(wait=True)
+    synchronize(device)
+
+
 def count_compilations() -> int:
     """XLA programs compiled by this process, those read from the persistent cache not counted."""
     import torch_xla.debug.metrics as metrics

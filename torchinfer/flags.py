@@ -56,11 +56,19 @@ class FlagSet:
 
 def memory(text: str) -> float | int:
     """A share such as 0.8 or a size such as 8GiB, 500MB or 123456, in bytes."""
-    for unit, size in UNITS.items():
-        if text.upper().endswith(unit):
-            return int(float(text[: -len(unit)]) * size)
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        return size(text)
     return value if value <= 1 else int(value)
+
+
+def size(text: str) -> int:
+    """A size such as 8GiB, 500MB or 123456, in bytes."""
+    for unit, factor in UNITS.items():
+        if text.upper().endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    return int(text)
 
 
 def bias(text: str) -> tuple[int, float]:
@@ -77,6 +85,7 @@ def _argument(convert: Callable[[str], object], metavar: str, **more: object) ->
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": _argument(int, "N"),
     "int | None": _argument(int, "N"),
+    "Size": _argument(size, "SIZE"),
     "float": _argument(float, "X"),
     "float | None": _argument(float, "X"),
     "float | int | None": _argument(memory, "SHARE|SIZE"),
@@ -84,6 +93,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "str | Path": _argument(str, "PATH"),
     "str | Path | None": _argument(str, "PATH"),
     "bool": {"action": argparse.BooleanOptionalAction},
+    "bool | None": {"action": argparse.BooleanOptionalAction},
     "tuple[str, ...]": _argument(str, "TEXT", action="append"),
     "tuple[int, ...]": _argument(int, "ID", action="append"),
     "Mapping[int, float]": _argument(bias, "ID=BIAS", action="append"),
@@ -99,4 +109,6 @@ def _default_text(option: Field[Any]) -> str:
         return ""
     if isinstance(option.default, bool):
         return " (default: on)" if option.default else " (default: off)"
+    if option.type == "Size":
+        return f" (default: {option.default / 2**30:g}GiB)"
     return f" (default: {option.default})"

@@ -18,13 +18,14 @@ from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages
-from torchinfer.loader import load_model
+from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.tokenizer import Tokenizer
+from torchinfer.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,13 @@ def start_engine(config: EngineConfig) -> Engine:
     if device.type == "cpu":
         bound_cpu_caches()
     dtype = _resolve_dtype(config.dtype, checkpoint.config)
-    tokenizer = Tokenizer.from_folder(Path(config.model))
+    tokenizer = load_tokenizer(config.model)
     model = load_model(
         checkpoint,
         model_config,
         dtype,
         device,
+        options=LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify),
         moe_mode=config.moe_mode,
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,

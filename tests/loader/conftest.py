@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from torchinfer.loader.folder import FileReader, FolderSource
+from torchinfer.loader.source import FileStat
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,3 +82,45 @@ def llama_tensors() -> dict[str, Tensor]:
         for name, shape in (("gate", (24, 16)), ("up", (24, 16)), ("down", (16, 24))):
             shapes[f"{prefix}mlp.{name}_proj.weight"] = shape
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+class FaultySource(FolderSource):
+    """A folder whose reads do what `fault` says: raise, hang, or give fewer bytes. Counts handles and reads."""
+
+    def __init__(self, path: Path, fault: Callable[[int, int], int | None] = lambda count, offset: None) -> None:
+        super().__init__(path)
+        self.fault = fault  # (number of the read, offset) -> at most so many bytes, or None for all
+        self.num_reads = 0
+        self.open_handles = 0
+        self.opened: list[tuple[str, bool]] = []
+        self._lock = threading.Lock()
+
+    def open(self, name: str, stat: FileStat, *, end: int | None = None, direct: bool = False) -> FileReader:
+        return _FaultyReader(self, name, stat, direct)
+
+    def next_read(self) -> int:
+        with self._lock:
+            self.num_reads += 1
+            return self.num_reads
+
+
+class _FaultyReader(FileReader):
+    def __init__(self, source: FaultySource, name: str, stat: FileStat, direct: bool) -> None:
+        self._source = source
+        source.opened.append((name, direct))
+        source.open_handles += 1
+        super().__init__(source.path / name, stat, direct=direct)
+
+    def read_some(self, offset: int, buffer: memoryview) -> int:
+        most = self._source.fault(self._source.next_read(), offset)
+        return super().read_some(offset, buffer if most is None else buffer[:most])
+
+    def close(self) -> None:
+        super().close()
+        self._source.open_handles -= 1
+
+
+@pytest.fixture
+def faulty() -> type[FaultySource]:
+    """FaultySource(folder, fault)."""
+    return FaultySource

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.storage import FolderSource, is_inside
+from torchinfer.loader.folder import FolderSource
+from torchinfer.loader.retry import PersistentReader, read_file
+from torchinfer.loader.source import is_inside
 
 
-@pytest.mark.parametrize("address", ["gs://bucket/model", Path("gs://bucket/model")])
-def test_cloud_storage_is_refused_with_the_way_out(address: str | Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gs:/+bucket/model .*folders only.*gcsfuse"):
-        FolderSource(address)
+def persistent(folder: Path) -> PersistentReader:
+    source = FolderSource(folder)
+    return PersistentReader(source, "file", source.stat("file"))
 
 
 @pytest.mark.parametrize("name", ["absent", "absent\0", "absent/deeper"])
@@ -44,7 +45,7 @@ def test_names_are_sorted_files_without_folders(tmp_path: Path) -> None:
 def test_a_byte_range_fills_the_given_memory(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(range(100)))
     buffer = bytearray(10)
-    with FolderSource(tmp_path).open("file") as reader:
+    with persistent(tmp_path) as reader:
         reader.read_into(42, memoryview(buffer))
     assert bytes(buffer) == bytes(range(42, 52))
 
@@ -52,7 +53,7 @@ def test_a_byte_range_fills_the_given_memory(tmp_path: Path) -> None:
 def test_a_range_beyond_the_end_says_where_the_file_ends(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(100))
     with (
-        FolderSource(tmp_path).open("file") as reader,
+        persistent(tmp_path) as reader,
         pytest.raises(CheckpointError, match=r"ends at byte 100, but bytes \[95, 105\)"),
     ):
         reader.read_into(95, memoryview(bytearray(10)))
@@ -62,13 +63,14 @@ def test_a_read_in_small_pieces_is_continued(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "file").write_bytes(bytes(range(100)))
     whole_read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: whole_read(fd, [buffers[0][:7]], offset))
-    assert FolderSource(tmp_path).read("file", 100) == bytes(range(100))
+    assert read_file(FolderSource(tmp_path), "file", 100) == bytes(range(100))
 
 
 def test_a_reader_closes_its_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     before = len(os.listdir("/proc/self/fd"))
-    with FolderSource(tmp_path).open("file"):
+    source = FolderSource(tmp_path)
+    with source.open("file", source.stat("file")):
         assert len(os.listdir("/proc/self/fd")) == before + 1
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -76,20 +78,20 @@ def test_a_reader_closes_its_file(tmp_path: Path) -> None:
 def test_a_small_file_that_is_large_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(bytes(11))
     with pytest.raises(CheckpointError, match=r"config\.json has 11 bytes; at most 10"):
-        FolderSource(tmp_path).read("config.json", 10)
+        read_file(FolderSource(tmp_path), "config.json", 10)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="pipe is not a regular file"):
-        FolderSource(tmp_path).read("pipe", 10)
+        read_file(FolderSource(tmp_path), "pipe", 10)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", ".", "a//b", "a/", "a\0b", "\ud800"])
 def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     assert not is_inside(name)
     with pytest.raises(CheckpointError, match="leaves the checkpoint's folder"):
-        FolderSource(tmp_path).size(name)
+        FolderSource(tmp_path).stat(name)
 
 
 @pytest.mark.parametrize("name", ["a", "a b", "sub/a.safetensors", "..a", "模型.safetensors"])
@@ -103,9 +105,9 @@ def test_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
     (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blob")
     source = FolderSource(tmp_path / "snapshot")
     assert source.names() == ["model.safetensors"]
-    assert source.read("model.safetensors", 100) == b"content"
+    assert read_file(source, "model.safetensors", 100) == b"content"
 
 
 def test_an_error_of_the_system_is_reported_with_its_number(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent: No such file or directory \(errno 2\)"):
-        FolderSource(tmp_path).size("absent")
+        FolderSource(tmp_path).stat("absent")

@@ -13,11 +13,16 @@ import torch
 from safetensors.torch import save_file
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.header import DTYPES, MAX_HEADER_BYTES, read_header
-from torchinfer.loader.storage import FolderSource
+from torchinfer.loader.folder import FolderSource
+from torchinfer.loader.header import DTYPES, MAX_HEADER_BYTES, TensorEntry, read_header
 
 FILE = "model.safetensors"
 FLOATS = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+def read(folder: Path) -> list[TensorEntry]:
+    source = FolderSource(folder)
+    return read_header(source, FILE, source.stat(FILE))
 
 
 def floats(**changes: object) -> dict[str, object]:
@@ -28,7 +33,7 @@ def floats(**changes: object) -> dict[str, object]:
 def test_every_dtype_of_the_library_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.zeros(6, 8, dtype=torch.uint8).view(dtype)
     save_file({"x": tensor}, tmp_path / FILE)
-    (entry,) = read_header(FolderSource(tmp_path), FILE)
+    (entry,) = read(tmp_path)
     assert (entry.dtype, entry.shape, entry.num_bytes) == (dtype, tuple(tensor.shape), 48)
     assert entry.offset + entry.num_bytes == os.path.getsize(tmp_path / FILE)
 
@@ -36,13 +41,13 @@ def test_every_dtype_of_the_library_is_read(tmp_path: Path, dtype: torch.dtype) 
 def test_metadata_and_scalars_and_empty_tensors_are_read(tmp_path: Path) -> None:
     tensors = {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 3), "plain": torch.ones(3)}
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
-    shapes = {entry.name: entry.shape for entry in read_header(FolderSource(tmp_path), FILE)}
+    shapes = {entry.name: entry.shape for entry in read(tmp_path)}
     assert shapes == {"scalar": (), "empty": (0, 3), "plain": (3,)}
 
 
 def test_a_file_without_tensors_is_read(tmp_path: Path, write_raw: Callable[..., Path]) -> None:
     write_raw(tmp_path / FILE, {})
-    assert read_header(FolderSource(tmp_path), FILE) == []
+    assert read(tmp_path) == []
 
 
 CASES = {
@@ -90,7 +95,7 @@ def test_a_lying_header_is_refused(
 ) -> None:
     write_raw(tmp_path / FILE, header, bytes(16))
     with pytest.raises(CheckpointError, match=message):
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
 
 
 LENGTHS = {
@@ -108,14 +113,14 @@ def test_a_lying_header_length_is_refused(
 ) -> None:
     write_raw(tmp_path / FILE, {}, bytes(16), length)
     with pytest.raises(CheckpointError, match=message):
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
 
 
 def test_a_header_length_is_checked_before_memory_is_taken(tmp_path: Path, write_raw: Callable[..., Path]) -> None:
     write_raw(tmp_path / FILE, {}, bytes(16), MAX_HEADER_BYTES)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match="truncated"):
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
@@ -125,7 +130,7 @@ def test_a_header_length_is_checked_before_memory_is_taken(tmp_path: Path, write
 def test_a_file_too_short_for_a_length_is_refused(tmp_path: Path, size: int) -> None:
     (tmp_path / FILE).write_bytes(bytes(size))
     with pytest.raises(CheckpointError, match=f"has {size} bytes; a safetensors file has at least 8"):
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
@@ -134,24 +139,24 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for size in range(len(whole)):
         (tmp_path / FILE).write_bytes(whole[:size])
         with pytest.raises(CheckpointError):
-            read_header(FolderSource(tmp_path), FILE)
+            read(tmp_path)
 
 
 def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     with pytest.raises(CheckpointError, match=r"git-lfs pointer of 64 bytes.*git lfs pull"):
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
 
 
 def test_all_problems_come_at_once_and_many_are_counted(tmp_path: Path, write_raw: Callable[..., Path]) -> None:
     write_raw(tmp_path / FILE, {f"x{number}": floats(dtype="F4") for number in range(30)})
     with pytest.raises(CheckpointError, match=r"(?s)'x0'.*'x19'.*and 10 more") as caught:
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
     assert "'x20'" not in str(caught.value)
 
 
 def test_an_absurd_name_is_cut_in_the_message(tmp_path: Path, write_raw: Callable[..., Path]) -> None:
     write_raw(tmp_path / FILE, {"n" * 100_000: floats(dtype="F4")})
     with pytest.raises(CheckpointError) as caught:
-        read_header(FolderSource(tmp_path), FILE)
+        read(tmp_path)
     assert len(str(caught.value)) < 1000

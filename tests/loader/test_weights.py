@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
+import google_crc32c
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from torchinfer.errors import CheckpointError, DeviceError
-from torchinfer.loader import Checkpoint, LoadReport, load_model, load_weights
+from torchinfer.loader import Checkpoint, LoadOptions, load_model, load_weights
 from torchinfer.models.config import ModelConfig
 from torchinfer.weight_map import Target
 
@@ -127,9 +128,33 @@ def test_report_and_log_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO, "torchinfer"):
         report = load_weights(build(), save(tmp_path, toy_tensors()), torch.float32, CPU, progress=False)
     read = [tensor for name, tensor in toy_tensors().items() if name != "old.7"]
-    assert report == LoadReport(report.seconds, sum(tensor.nbytes for tensor in read), len(read))
+    assert (report.num_bytes, report.num_tensors) == (sum(tensor.nbytes for tensor in read), len(read))
+    assert (report.num_readers, report.is_direct, report.num_retries) == (1, False, 0)
     (record,) = caplog.records
     assert f"loaded {len(read)} tensors" in record.message and "GB/s" in record.message
+
+
+def write_sums(folder: Path, flipped: int = 0) -> None:
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[flipped] ^= flipped > 0
+    crc = google_crc32c.value(bytes(content))
+    (folder / "CRC32C").write_text(f"{crc:08x}  model.safetensors\n")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_whole_file_is_verified_though_not_all_of_it_is_needed(
+    tmp_path: Path, dtype: torch.dtype, direct: bool
+) -> None:
+    checkpoint, options = save(tmp_path, toy_tensors()), LoadOptions(verify=True, direct=direct)
+    write_sums(tmp_path)
+    model = build()
+    load_weights(model, checkpoint, dtype, CPU, False, options)
+    assert torch.equal(model.embedding.weight, toy_tensors()["embed"].to(dtype))
+    for entry in (checkpoint.tensors["old.7"], checkpoint.tensors["q"]):
+        write_sums(tmp_path, flipped=entry.offset)
+        with pytest.raises(CheckpointError, match=r"do not have their CRC32C: model.safetensors has \w{8}, \w{8} is"):
+            load_weights(build(), checkpoint, dtype, CPU, False, options)
 
 
 def test_no_progress_bar_where_stderr_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -166,22 +191,19 @@ def test_values_beyond_float16_are_refused(tmp_path: Path, value: float) -> None
 def test_a_shard_that_shrinks_during_the_load_is_an_error(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, toy_tensors())
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was replaced or changed"):
         load_weights(build(), checkpoint, torch.float32, CPU, progress=False)
 
 
 def test_a_device_without_memory_is_a_device_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save(tmp_path, toy_tensors())
-    model, whole_empty = build(), torch.empty
 
-    def full(*arguments: object, **options: object) -> Tensor:
-        if "device" in options:  # parameters; what is read from files comes without
-            raise torch.OutOfMemoryError("out of memory")
-        return whole_empty(*arguments, **options)  # type: ignore[call-overload, no-any-return]
+    def full(num_bytes: int) -> Tensor:
+        raise DeviceError("out of memory")
 
-    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr("torchinfer.loader.assembly.allocate", full)
     with pytest.raises(DeviceError, match=r"cpu has no memory for .*, \d+ bytes: out of memory; use a device"):
-        load_weights(model, checkpoint, torch.float32, CPU, progress=False)
+        load_weights(build(), checkpoint, torch.float32, CPU, progress=False)
 
 
 @pytest.mark.xla
@@ -230,16 +252,17 @@ def resident_bytes(field: str) -> int:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let us reset the peak")
-def test_the_host_holds_the_model_and_one_tensor(tmp_path: Path) -> None:
-    tensor_bytes = 40_000_000  # beyond malloc's largest threshold: mapped, and returned when freed
+def test_the_host_holds_the_model_and_the_staging_memory(tmp_path: Path) -> None:
+    tensor_bytes, limit = 100_000_000, 64 << 20
     checkpoint = save(tmp_path, {f"w{i}": torch.ones(tensor_bytes // 4) for i in range(4)})
     with torch.device("meta"):
         model = Wide(tensor_bytes // 4)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = resident_bytes("VmRSS")
-    load_weights(model, checkpoint, torch.bfloat16, CPU, progress=False)
+    report = load_weights(model, checkpoint, torch.bfloat16, CPU, False, LoadOptions(memory=limit))
+    assert 0 < report.peak_host_bytes <= limit
     model_bytes = 4 * tensor_bytes // 2
-    assert resident_bytes("VmHWM") - before < model_bytes + tensor_bytes + 10_000_000
+    assert resident_bytes("VmHWM") - before < model_bytes + limit + 10_000_000
 
 
 def test_a_llama_of_two_shards_is_loaded(

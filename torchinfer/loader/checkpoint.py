@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, raise_all
 from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_header, shorten
-from torchinfer.loader.storage import FileReader, FolderSource, is_inside
+from torchinfer.loader.retry import PersistentReader, read_file
+from torchinfer.loader.source import FileStat, Source, is_inside
+from torchinfer.loader.storage import open_source
 from torchinfer.tokenizer import VOCABULARY_FILES
 
 CONFIG = "config.json"
@@ -24,16 +26,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_JSON_BYTES = 100_000_000
+HEADER_READERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A folder's configuration and the places of its tensors."""
 
-    source: FolderSource
+    source: Source
     config: dict[str, Any]
     generation_config: dict[str, Any]  # empty when the folder has none
     tensors: dict[str, TensorEntry]
+    stats: dict[str, FileStat]  # of the files that hold tensors: what is read must be of this version
     has_tokenizer: bool
 
     @classmethod
@@ -48,8 +52,9 @@ class Checkpoint:
         return checkpoint
 
     @property
-    def path(self) -> Path:
-        return self.source.path
+    def address(self) -> str:
+        """The folder, or gs://bucket/prefix."""
+        return self.source.address
 
     @property
     def total_bytes(self) -> int:
@@ -64,21 +69,16 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor on the host, in the file's dtype, in memory of its own."""
         if name not in self.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has")
+            raise CheckpointError(
+                f"{self.address} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has"
+            )
         entry = self.tensors[name]
-        with self.source.open(entry.shard) as reader:
-            return _read(reader, entry)
-
-    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """These tensors one after the other, in the order of their bytes: each file is read forward, through one
-        handle, as network storage likes it. Each tensor has memory of its own, so one that the caller drops is free."""
-        by_shard: dict[str, list[TensorEntry]] = {}
-        for name in names:
-            by_shard.setdefault(self.tensors[name].shard, []).append(self.tensors[name])
-        for shard, entries in sorted(by_shard.items()):
-            with self.source.open(shard) as reader:
-                for entry in sorted(entries, key=lambda entry: entry.offset):
-                    yield entry.name, _read(reader, entry)
+        memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
+        end = entry.offset + entry.num_bytes
+        with PersistentReader(self.source, entry.shard, self.stats[entry.shard], end=end) as reader:
+            reader.read_into(entry.offset, memory.numpy().data)
+            reader.check()
+        return memory.view(entry.dtype).reshape(entry.shape)
 
 
 def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
@@ -87,37 +87,40 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
     """
-    source = FolderSource(path)
+    source = open_source(path)
     names = source.names()
     problems: list[str] = []
     config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
     if CONFIG not in names:
         problems.append(f"there is no {CONFIG}; pass the folder of a Hugging Face checkpoint ({_listing(names)})")
     generation = _read_json(source, GENERATION_CONFIG, problems) if GENERATION_CONFIG in names else {}
-    tensors = _scan_tensors(source, names, problems)
+    headers = _scan_tensors(source, names, problems)
+    tensors = {entry.name: entry for header in headers for entry in header.entries}
+    stats = {header.shard: header.stat for header in headers}
     has_tokenizer = any(name in names for name in VOCABULARY_FILES)
-    return Checkpoint(source, config, generation, tensors, has_tokenizer), problems
+    return Checkpoint(source, config, generation, tensors, stats, has_tokenizer), problems
 
 
-def _read(reader: FileReader, entry: TensorEntry) -> Tensor:
-    memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
-    reader.read_into(entry.offset, memory.numpy().data)
-    return memory.view(entry.dtype).reshape(entry.shape)
+@dataclass(frozen=True, slots=True)
+class _Header:
+    shard: str
+    stat: FileStat
+    entries: list[TensorEntry]
 
 
-def _read_json(source: FolderSource, name: str, problems: list[str]) -> dict[str, Any]:
+def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]:
     try:
-        return parse_json(source.read(name, MAX_JSON_BYTES), name)
+        return parse_json(read_file(source, name, MAX_JSON_BYTES), name)
     except CheckpointError as error:
         problems.append(str(error))
         return {}
 
 
-def _scan_tensors(source: FolderSource, names: list[str], problems: list[str]) -> dict[str, TensorEntry]:
+def _scan_tensors(source: Source, names: list[str], problems: list[str]) -> list[_Header]:
     if INDEX in names:
         return _scan_shards(source, names, problems)
     if SINGLE in names:
-        return {entry.name: entry for entry in _read_header(source, SINGLE, problems) or ()}
+        return _read_headers(source, [SINGLE], problems)
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         problems.append(
@@ -127,10 +130,10 @@ def _scan_tensors(source: FolderSource, names: list[str], problems: list[str]) -
         )
     else:
         problems.append(f"there is neither {SINGLE} nor {INDEX} ({_listing(names)})")
-    return {}
+    return []
 
 
-def _scan_shards(source: FolderSource, names: list[str], problems: list[str]) -> dict[str, TensorEntry]:
+def _scan_shards(source: Source, names: list[str], problems: list[str]) -> list[_Header]:
     weight_map = _weight_map(source, problems)
     shards = sorted(set(weight_map.values()))
     if SINGLE in names and shards and SINGLE not in shards:
@@ -144,20 +147,19 @@ def _scan_shards(source: FolderSource, names: list[str], problems: list[str]) ->
             "'.' and '..' parts"
         )
     inside = [shard for shard in shards if is_inside(shard)]
-    missing = [shard for shard in inside if not (source.path / shard).is_file()]
+    missing = [shard for shard in inside if shard not in names and ("/" not in shard or not source.has(shard))]
     if missing:
         problems.append(
             f"{len(missing)} of {len(shards)} shards that {INDEX} names are not there: {', '.join(shorten(missing))}; "
             "download them"
         )
-    headers = {shard: _read_header(source, shard, problems) for shard in inside if shard not in missing}
-    readable = {shard for shard, entries in headers.items() if entries is not None}
-    found = [entry for entries in headers.values() for entry in entries or ()]
-    _compare(weight_map, found, readable, problems)
-    return {entry.name: entry for entry in found}
+    headers = _read_headers(source, [shard for shard in inside if shard not in missing], problems)
+    readable = {header.shard for header in headers}
+    _compare(weight_map, [entry for header in headers for entry in header.entries], readable, problems)
+    return headers
 
 
-def _weight_map(source: FolderSource, problems: list[str]) -> dict[str, str]:
+def _weight_map(source: Source, problems: list[str]) -> dict[str, str]:
     num_problems = len(problems)
     index = _read_json(source, INDEX, problems)
     if len(problems) > num_problems:
@@ -194,12 +196,20 @@ def _compare(weight_map: dict[str, str], entries: list[TensorEntry], readable: s
         )
 
 
-def _read_header(source: FolderSource, shard: str, problems: list[str]) -> list[TensorEntry] | None:
-    try:
-        return read_header(source, shard)
-    except CheckpointError as error:
-        problems.append(str(error))
-        return None
+def _read_headers(source: Source, shards: list[str], problems: list[str]) -> list[_Header]:
+    """Those that can be read. Side by side: a header over a network is two or three round trips."""
+
+    def read(shard: str) -> _Header | CheckpointError:
+        try:
+            stat = source.stat(shard)
+            return _Header(shard, stat, read_header(source, shard, stat))
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor(HEADER_READERS, "header") as pool:
+        found = list(pool.map(read, shards))
+    problems += [str(each) for each in found if isinstance(each, CheckpointError)]
+    return [each for each in found if isinstance(each, _Header)]
 
 
 def _listing(names: list[str]) -> str:

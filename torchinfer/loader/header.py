@@ -16,13 +16,15 @@ from typing import Any, NoReturn
 import torch
 
 from torchinfer.errors import CheckpointError, raise_all
-from torchinfer.loader.storage import FileReader, FolderSource
+from torchinfer.loader.retry import PersistentReader
+from torchinfer.loader.source import FileStat, Source
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
 MAX_SIGNED = 2**63 - 1
 SHOWN_PROBLEMS = 20
 LENGTH_BYTES = 8
+FIRST_BYTES = 256 << 10  # read at once: almost every header is shorter
 LFS_POINTER = b"version https://git-lfs"
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -55,30 +57,26 @@ class TensorEntry:
     num_bytes: int
 
 
-def read_header(source: FolderSource, shard: str) -> list[TensorEntry]:
+def read_header(source: Source, shard: str, stat: FileStat) -> list[TensorEntry]:
     """All tensors of one safetensors file, in the order of their bytes.
 
     Raises:
         CheckpointError: with what the header says, the rule it breaks, and what to do; several where there are.
     """
-    size = source.size(shard)
-    with source.open(shard) as reader:
-        length = _header_length(reader, shard, size)
-        text = bytearray(length)
-        reader.read_into(LENGTH_BYTES, memoryview(text))
-    fields = _parse(bytes(text), shard)
+    text = _header_text(source, shard, stat)
+    fields = _parse(text, shard)
     _check_metadata(fields.pop("__metadata__", {}), shard)
-    start = LENGTH_BYTES + length
+    data = LENGTH_BYTES + len(text)
     entries: list[TensorEntry] = []
     problems: list[str] = []
     for name, value in fields.items():
-        found = _entry(name, value, shard, start)
+        found = _entry(name, value, shard, data)
         if isinstance(found, str):
             problems.append(found)
         else:
             entries.append(found)
     entries.sort(key=lambda entry: (entry.offset, entry.num_bytes))
-    problems = problems or _layout_problems(entries, start, size)
+    problems = problems or _layout_problems(entries, data, stat.size)
     raise_all(shorten(problems), CheckpointError, f"{shard} is damaged; download it again")
     return entries
 
@@ -106,12 +104,24 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _header_length(reader: FileReader, shard: str, size: int) -> int:
+def _header_text(source: Source, shard: str, stat: FileStat) -> bytes:
+    start = bytearray(min(stat.size, FIRST_BYTES))
+    with PersistentReader(source, shard, stat, end=len(start)) as reader:
+        reader.read_into(0, memoryview(start))
+    length = _header_length(bytes(start), shard, stat.size)
+    text = bytearray(length)
+    known = start[LENGTH_BYTES : LENGTH_BYTES + length]
+    text[: len(known)] = known
+    if len(known) < length:
+        with PersistentReader(source, shard, stat, end=LENGTH_BYTES + length) as reader:
+            reader.read_into(len(start), memoryview(text)[len(known) :])
+    return bytes(text)
+
+
+def _header_length(start: bytes, shard: str, size: int) -> int:
     if size < LENGTH_BYTES:
         raise CheckpointError(f"{shard} has {size} bytes; a safetensors file has at least 8: download it again")
-    start = bytearray(min(size, len(LFS_POINTER)))
-    reader.read_into(0, memoryview(start))
-    if start == LFS_POINTER:
+    if start.startswith(LFS_POINTER):
         raise CheckpointError(f"{shard} is a git-lfs pointer of {size} bytes, not the file itself; run 'git lfs pull'")
     length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:

@@ -8,16 +8,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted, shorten
 from torchinfer.weight_map import Target
 
 NUMBER = "0|[1-9][0-9]*"
 LOADABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of a model this process holds, of `world` processes that divide its tensors."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank={self.rank} of world={self.world} must be in [0, {self.world})")
+
+
+WHOLE = Shard()
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part [start, stop) of a checkpoint tensor along a dimension that this process takes."""
+
+    dim: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +53,7 @@ class Placement:
     target: Target
     expert: int | None
     rows: slice | None
+    cut: Cut | None = None  # None: the tensor as a whole
 
     def part(self, parameter: Tensor) -> Tensor:
         """The view of the parameter that the tensor fills."""
@@ -35,9 +61,20 @@ class Placement:
             parameter = parameter[self.expert]
         return parameter if self.rows is None else parameter[self.rows]
 
+    def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """First and last + 1 of the rows of the checkpoint tensor that must be read. A row is read as a whole, also
+        where only some of its columns are taken: they are not together in the file."""
+        return (self.cut.start, self.cut.stop) if self.cut and self.cut.dim == 0 else (0, shape[0])
 
-def place(model: nn.Module, tensors: Mapping[str, TensorEntry]) -> tuple[dict[str, Placement], list[str]]:
+
+def place(
+    model: nn.Module, tensors: Mapping[str, TensorEntry], shard: Shard = WHOLE
+) -> tuple[dict[str, Placement], list[str]]:
     """The placement of each checkpoint tensor to be read, by its name, and all that does not fit.
+
+    With a `shard` the model has this process's shapes; where a parameter is smaller than the checkpoint's tensor, in
+    one dimension, this process's part is cut out. A dimension that the model divides by less than `world` (few
+    key-value heads) is held by several neighbours.
 
     A parameter with two names (tied) is filled from the first of them that the checkpoint has; the other's tensors
     are known and left out.
@@ -58,7 +95,8 @@ def place(model: nn.Module, tensors: Mapping[str, TensorEntry]) -> tuple[dict[st
     known = {name for placements in expected.values() for name in placements}
     unexpected = [quoted(name) for name in _unexpected(tensors, known, _ignored(model))]
     problems = [*_listed(missing, "missing"), *_listed(unexpected, "unexpected")]
-    return chosen, [*problems, *_unfit(chosen, state, tensors)]
+    cut = {name: _with_cut(placement, state, tensors[name], shard) for name, placement in chosen.items()}
+    return cut, [*problems, *_unfit(cut, state, tensors)]
 
 
 def tied_names(state: Mapping[str, Tensor]) -> list[list[str]]:
@@ -124,6 +162,21 @@ def _unexpected(names: Iterable[str], known: set[str], ignored: list[re.Pattern[
     return [name for name in names if name not in known and not any(regex.fullmatch(name) for regex in ignored)]
 
 
+def _with_cut(placement: Placement, state: Mapping[str, Tensor], entry: TensorEntry, shard: Shard) -> Placement:
+    """The placement with this process's part, if the tensor is divided. What does not divide evenly stays whole, and
+    is found to be of the wrong shape."""
+    local, full = tuple(placement.part(state[placement.parameter]).shape), entry.shape
+    differing = [dim for dim, (a, b) in enumerate(zip(local, full, strict=False)) if a != b]
+    if shard.world == 1 or len(local) != len(full) or len(differing) != 1 or placement.target.transform is not None:
+        return placement
+    dim = differing[0]
+    num_parts, rest = divmod(full[dim], max(local[dim], 1))
+    if rest or shard.world % num_parts:
+        return placement
+    start = shard.rank * num_parts // shard.world * local[dim]
+    return replace(placement, cut=Cut(dim, start, start + local[dim]))
+
+
 def _unfit(
     chosen: Mapping[str, Placement], state: Mapping[str, Tensor], tensors: Mapping[str, TensorEntry]
 ) -> list[str]:
@@ -131,6 +184,8 @@ def _unfit(
     for name, placement in chosen.items():
         parameter, entry = state[placement.parameter], tensors[name]
         shape = list(placement.part(parameter).shape)
+        if placement.cut:
+            shape[placement.cut.dim] = entry.shape[placement.cut.dim]
         if shape != list(entry.shape):
             shapes.append(f"{quoted(name)} has {list(entry.shape)}, the model needs {shape}")
         if parameter.is_floating_point() and entry.dtype not in LOADABLE:

@@ -1,0 +1,59 @@
+"""Staging memory: its limit holds, buffers come back, and whoever waits is stopped."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from torchinfer.loader.memory import LARGE_PAGE, Staging, allocate
+from torchinfer.loader.retry import Stopped
+
+GO = threading.Event()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 4096, LARGE_PAGE - 1, LARGE_PAGE, 3 * LARGE_PAGE + 5])
+def test_memory_is_fresh_and_of_the_right_size(num_bytes: int) -> None:
+    memory = allocate(num_bytes)
+    assert memory.dtype == torch.uint8 and memory.shape == (num_bytes,)
+    memory.fill_(7)
+    assert num_bytes < LARGE_PAGE or memory.data_ptr() % 4096 == 0
+
+
+def test_a_buffer_is_used_again() -> None:
+    staging = Staging(4 * LARGE_PAGE)
+    first = staging.take(LARGE_PAGE, GO)
+    staging.give_back(first)
+    assert staging.take(LARGE_PAGE - 9, GO).data_ptr() == first.data_ptr()
+    assert staging.peak == LARGE_PAGE
+
+
+def test_free_buffers_make_way_for_one_of_another_size() -> None:
+    staging = Staging(4 * LARGE_PAGE)
+    for buffer in [staging.take(LARGE_PAGE, GO) for _ in range(4)]:
+        staging.give_back(buffer)
+    assert len(staging.take(4 * LARGE_PAGE, GO)) == 4 * LARGE_PAGE
+    assert staging.peak == 4 * LARGE_PAGE
+
+
+def test_who_finds_no_memory_waits_for_it() -> None:
+    staging = Staging(2 * LARGE_PAGE)
+    held = staging.take(2 * LARGE_PAGE, GO)
+    threading.Timer(0.05, staging.give_back, [held]).start()
+    assert len(staging.take(LARGE_PAGE, GO)) == 2 * LARGE_PAGE
+    assert staging.peak == 2 * LARGE_PAGE
+
+
+def test_a_stop_ends_the_wait() -> None:
+    staging, stop = Staging(LARGE_PAGE), threading.Event()
+    staging.take(1, stop)
+    threading.Timer(0.05, stop.set).start()
+    with pytest.raises(Stopped):
+        staging.take(1, stop)
+
+
+def test_a_forgotten_buffer_makes_room() -> None:
+    staging = Staging(LARGE_PAGE)
+    staging.forget(staging.take(1, GO))
+    assert len(staging.take(1, GO)) == LARGE_PAGE

@@ -1,0 +1,94 @@
+"""Extents: every wanted byte once, forward, in pieces that fit."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from torchinfer.errors import ConfigError
+from torchinfer.loader.header import TensorEntry
+from torchinfer.loader.placement import Cut, Placement
+from torchinfer.loader.plan import MAX_GAP_BYTES, SMALLEST_EXTENT_BYTES, check_fits, extent_bytes, plan_extents
+from torchinfer.weight_map import Target
+
+MIB = 1 << 20
+
+
+def entries(*shapes: tuple[int, ...], shard: str = "s") -> dict[str, TensorEntry]:
+    """float32 tensors one behind the other."""
+    found, offset = {}, 100
+    for index, shape in enumerate(shapes):
+        num_bytes = 4 * int(torch.Size(shape).numel())
+        found[f"{shard}{index}"] = TensorEntry(f"{shard}{index}", torch.float32, shape, shard, offset, num_bytes)
+        offset += num_bytes
+    return found
+
+
+def whole(tensors: dict[str, TensorEntry], cut: Cut | None = None) -> dict[str, Placement]:
+    return {name: Placement(name, Target(name), None, None, cut) for name in tensors}
+
+
+def test_neighbours_share_an_extent_and_large_tensors_have_several() -> None:
+    tensors = entries((10,), (1000, 1000), (10,), shard="a") | entries((5, 5), shard="b")
+    extents = plan_extents(whole(tensors), tensors, MIB)
+    assert [extent.shard for extent in extents] == ["a"] * 4 + ["b"]
+    assert all(extent.end - extent.begin <= MIB for extent in extents)
+    assert [piece.entry.name for piece in extents[0].pieces][:1] == ["a0"]
+    assert sum(extent.num_bytes for extent in extents) == sum(entry.num_bytes for entry in tensors.values())
+
+
+def test_random_checkpoints_are_covered_once_and_in_order() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        shapes = [(rng.randrange(0, 300), rng.randrange(1, 300)) for _ in range(rng.randrange(1, 30))]
+        tensors = entries(*shapes, (), (7,))
+        extents = plan_extents(whole(tensors), tensors, rng.choice([1 << 12, 1 << 16, 1 << 20]))
+        ends = [(piece.offset, piece.end) for extent in extents for piece in extent.pieces]
+        assert ends[0][0] == min(entry.offset for entry in tensors.values() if entry.num_bytes)
+        assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(ends))
+        rows = dict.fromkeys(tensors, 0)
+        for extent in extents:
+            for piece in extent.pieces:
+                assert piece.first_row == rows[piece.entry.name]
+                rows[piece.entry.name] = piece.last_row
+        assert all(rows[name] == (entry.shape or (1,))[0] for name, entry in tensors.items() if entry.num_bytes)
+
+
+def test_a_row_cut_reads_its_rows_only() -> None:
+    tensors = entries((8, 100), (8, 100))
+    (extent,) = plan_extents(whole(tensors, Cut(0, 2, 4)), tensors, MIB)
+    assert [(piece.offset, piece.num_bytes) for piece in extent.pieces] == [(900, 800), (4100, 800)]
+    assert extent.num_bytes == 1600
+
+
+def test_a_column_cut_reads_all_rows() -> None:
+    tensors = entries((8, 100))
+    (extent,) = plan_extents(whole(tensors, Cut(1, 0, 25)), tensors, MIB)
+    assert extent.num_bytes == 3200
+
+
+def test_far_pieces_are_not_in_one_extent() -> None:
+    tensors = entries((1, 10), (MAX_GAP_BYTES // 4 + 1,), (1, 10))
+    placements = whole(tensors)
+    del placements["s1"]
+    assert len(plan_extents(placements, tensors, 1 << 30)) == 2
+
+
+def test_a_tensor_with_a_transform_is_one_piece() -> None:
+    tensors = entries((1000, 1100))
+    placements = {"s0": Placement("p", Target("p", transform=torch.neg), None, None)}
+    (extent,) = plan_extents(placements, tensors, MIB)
+    assert len(extent.pieces) == 1
+    check_fits([extent], 6 * MIB)
+    with pytest.raises(ConfigError, match=r"load_memory=4194304 bytes is too little: tensor 's0' needs 6291456 bytes"):
+        check_fits([extent], 4 * MIB)
+
+
+@pytest.mark.parametrize("limit", [32 * MIB, 100 * MIB, 2048 * MIB])
+@pytest.mark.parametrize("num_readers", [1, 4, 64])
+def test_all_readers_find_room(limit: int, num_readers: int) -> None:
+    length = extent_bytes(True, limit, num_readers)
+    assert length == SMALLEST_EXTENT_BYTES or (num_readers + 1) * (length + 2 * MIB) <= limit

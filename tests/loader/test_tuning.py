@@ -1,0 +1,82 @@
+"""How many readers, and whether around the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from torchinfer.loader.tuning import CACHED_RATE, DirectChoice, ReaderCount
+
+
+def settle(rate_of: Callable[[int], float], first: int, limit: int) -> int:
+    """The target after 30 windows in which n readers get rate_of(n) bytes a second."""
+    count, now, num_bytes = ReaderCount(first, limit), 1.0, 0
+    for _ in range(30):
+        count.observe(now, num_bytes, 0)
+        now, num_bytes = now + 0.6, num_bytes + int(0.6 * rate_of(count.target))
+    return count.target
+
+
+@pytest.mark.parametrize(
+    ("rate_of", "expected"),
+    [
+        (lambda n: 1e8 * n, 64),  # each reader brings its own stream
+        (lambda n: 1e8 * min(n, 16), 16),
+        (lambda n: 1e9, 2),  # one is enough: what the first window had is kept
+        (lambda n: 1e9 / n, 2),
+    ],
+)
+def test_readers_grow_as_long_as_they_bring_more(rate_of: Callable[[int], float], expected: int) -> None:
+    assert settle(rate_of, 2, 64) == expected
+
+
+def test_the_limit_holds() -> None:
+    assert settle(lambda n: 1e8 * n, 4, 10) == 10
+
+
+def test_errors_halve_the_readers() -> None:
+    count = ReaderCount(16, 64)
+    count.observe(1.0, 0, 0)
+    assert count.observe(2.0, 10**9, 3) == 8
+    assert count.observe(3.0, 10**10, 3) == 8
+    assert count.observe(4.0, 10**10, 4) == 4
+
+
+def observe(choice: DirectChoice, buffered: float, direct: float, extents: int = 10) -> list[bool]:
+    started = []
+    for _ in range(extents):
+        started.append(choice.next())
+        rate = direct if started[-1] else buffered
+        choice.observe(started[-1], 10**8, 10**8 / rate)
+    return started
+
+
+def test_direct_reads_are_chosen_where_they_are_faster() -> None:
+    choice = DirectChoice(None)
+    assert observe(choice, 1e8, 3e8)[:4] == [False, False, True, True]
+    assert choice.choice is True
+
+
+def test_they_are_not_where_they_are_not() -> None:
+    choice = DirectChoice(None)
+    observe(choice, 1e8, 1.1e8)
+    assert choice.choice is False
+
+
+def test_they_are_not_tried_where_the_file_is_in_memory() -> None:
+    choice = DirectChoice(None)
+    assert not any(observe(choice, 1.1 * CACHED_RATE, 1e12))
+    assert choice.choice is False
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_given_choice_stays(wanted: bool) -> None:
+    choice = DirectChoice(wanted)
+    assert observe(choice, 1e8, 1e8) == [wanted] * 10
+
+
+def test_storage_may_refuse() -> None:
+    choice = DirectChoice(True)
+    choice.refuse()
+    assert choice.next() is False

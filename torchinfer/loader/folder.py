@@ -1,0 +1,134 @@
+"""A folder as a source, local or mounted (gcsfuse, NFS).
+
+Files are read with `pread` into the caller's memory, each reader through a file handle of its own, and never mapped: a
+disk error or a truncation under a map kills the process with SIGBUS, under `pread` it is an exception; and network
+mounts keep their stream and their read-ahead per handle.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as stat_module
+from pathlib import Path
+
+from torchinfer.errors import CheckpointError
+from torchinfer.loader.mount import mount_of
+from torchinfer.loader.source import (
+    DirectUnsupportedError,
+    FileStat,
+    Reader,
+    Source,
+    TransientError,
+    changed,
+    check_inside,
+)
+
+READ_BYTES = 8 << 20  # in one call: enough for the largest read-ahead, little enough to stop soon
+TRANSIENT = {
+    errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ECANCELED, errno.ESTALE, errno.ECONNRESET,
+    errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
+}  # fmt: skip
+ADVICE = {
+    errno.ENOTCONN: "the FUSE daemon of this mount died: mount it again (in Kubernetes: restart the pod)",
+    errno.EACCES: "permission is missing: check the mode, or the bucket's roles/storage.objectViewer",
+    errno.EPERM: "permission is missing: check the mode, or the bucket's roles/storage.objectViewer",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+}
+
+
+class FileReader(Reader):
+    """One open file."""
+
+    def __init__(self, path: Path, pinned: FileStat, *, direct: bool) -> None:
+        self._path, self._pinned, self._is_direct = path, pinned, direct
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        try:
+            self._descriptor = os.open(path, flags)
+        except OSError as error:
+            raise self._error("open", error) from error
+        try:
+            self.check()
+        except (CheckpointError, TransientError):
+            self.close()
+            raise
+
+    def read_some(self, offset: int, buffer: memoryview) -> int:
+        try:
+            return os.preadv(self._descriptor, [buffer[:READ_BYTES]], offset)
+        except OSError as error:
+            raise self._error(f"read byte {offset} of", error) from error
+
+    def check(self) -> None:
+        try:
+            found = _file_stat(os.fstat(self._descriptor))
+        except OSError as error:
+            raise self._error("look at", error) from error
+        if found != self._pinned:
+            raise changed(str(self._path))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _error(self, verb: str, error: OSError) -> Exception:
+        if self._is_direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return DirectUnsupportedError(str(error))
+        if error.errno in TRANSIENT:
+            return TransientError(f"{error.strerror} (errno {error.errno})")
+        return _fatal(verb, self._path, error)
+
+
+class FolderSource(Source):
+    """The files of one folder.
+
+    Raises:
+        CheckpointError: the path is not a folder that can be listed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.address = str(path)
+        try:
+            mode = self.path.stat().st_mode
+        except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
+            raise CheckpointError(
+                f"{str(path)!r} does not exist; pass the folder that holds config.json and *.safetensors"
+            ) from error
+        except OSError as error:
+            raise _fatal("open", self.path, error) from error
+        if not stat_module.S_ISDIR(mode):
+            raise CheckpointError(f"{path} is a file; pass the folder that holds it")
+        mount = mount_of(self.path)
+        self.kind, self.is_network = mount.kind, mount.is_network
+
+    def names(self) -> list[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        except OSError as error:
+            raise _fatal("list", self.path, error) from error
+
+    def stat(self, name: str) -> FileStat:
+        check_inside(name)
+        path = self.path / name
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise _fatal("open", path, error) from error
+        if not stat_module.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a regular file; a checkpoint has regular files only")
+        return _file_stat(status)
+
+    def open(self, name: str, stat: FileStat, *, end: int | None = None, direct: bool = False) -> FileReader:
+        check_inside(name)
+        return FileReader(self.path / name, stat, direct=direct)
+
+
+def _file_stat(status: os.stat_result) -> FileStat:
+    """Inode numbers are left out: a FUSE file may get another one while it stays the same."""
+    return FileStat(status.st_size, f"modified {status.st_mtime_ns}")
+
+
+def _fatal(verb: str, path: Path, error: OSError) -> CheckpointError:
+    advice = ADVICE.get(error.errno or 0, "check that it exists and is readable")
+    return CheckpointError(f"cannot {verb} {path}: {error.strerror or error} (errno {error.errno}); {advice}")

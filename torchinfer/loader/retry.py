@@ -1,0 +1,188 @@
+"""Reads that survive what passes: the handle is opened again and the read goes on where it stopped.
+
+Delays double and are drawn at random between half and the whole (jitter), so that many readers that failed together
+do not come back together (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torchinfer.errors import CheckpointError
+from torchinfer.loader.source import ALIGNMENT, FileStat, Reader, Source, TransientError
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The load was given up while this read was under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """When to try again and when to give up; times in seconds."""
+
+    attempts: int = 8  # in a row that bring no byte
+    first_delay: float = 0.2
+    max_delay: float = 10.0
+    deadline: float = 180.0  # without a byte, over all attempts
+
+    def delay(self, failures: int) -> float:
+        """Before the next attempt, after this many in a row failed."""
+        longest = min(self.max_delay, self.first_delay * 2.0 ** (failures - 1))
+        return longest * random.uniform(0.5, 1.0)
+
+
+@dataclass(slots=True)
+class Attempts:
+    """What the readers of one load share: the policy, the order to stop, and the count of retries."""
+
+    policy: RetryPolicy = field(default_factory=RetryPolicy)
+    stop: threading.Event = field(default_factory=threading.Event)
+    num_retries: int = 0
+
+    def run(self, what: str, attempt: Callable[[], bool]) -> None:
+        """Call `attempt` until it returns True; False or progress in it means to call again at once.
+
+        Raises:
+            CheckpointError: the policy's limits are reached.
+            Stopped: `stop` is set.
+        """
+        failures, since = 0, time.monotonic()
+        while True:
+            if self.stop.is_set():
+                raise Stopped
+            try:
+                if attempt():
+                    return
+                failures, since = 0, time.monotonic()
+            except TransientError as error:
+                failures += 1
+                self.num_retries += 1
+                self._wait(what, error, failures, time.monotonic() - since)
+
+    def _wait(self, what: str, error: TransientError, failures: int, seconds: float) -> None:
+        policy = self.policy
+        if failures >= policy.attempts or seconds >= policy.deadline:
+            raise CheckpointError(
+                f"cannot {what}: {error}; gave up after {failures} attempts in {seconds:.1f} s without a byte "
+                f"(limits: {policy.attempts} attempts, {policy.deadline:g} s); check the storage and load again"
+            ) from error
+        delay = policy.delay(failures)
+        logger.warning("cannot %s: %s; attempt %d follows in %.1f s", what, error, failures + 1, delay)
+        if self.stop.wait(delay):
+            raise Stopped
+
+
+class PersistentReader:
+    """A pinned file that is read in spite of transient errors. For one thread."""
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        stat: FileStat,
+        attempts: Attempts | None = None,
+        *,
+        end: int | None = None,
+        direct: bool = False,
+    ) -> None:
+        self._source, self._name, self._stat = source, name, stat
+        self._attempts = attempts or Attempts()
+        self._end, self._direct = end, direct
+        self._reader: Reader | None = None
+
+    def __enter__(self) -> PersistentReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the handle back."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def read_into(self, offset: int, buffer: memoryview, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Fill the whole of `buffer` with the file's bytes from `offset`; `on_bytes` hears of each part.
+
+        Raises:
+            CheckpointError: the file ends before that, or it cannot be read.
+            Stopped: the load was given up.
+        """
+        done = 0
+
+        def attempt() -> bool:
+            nonlocal done
+            count = self._read_some(offset + done, buffer[done:])
+            if count == 0:
+                raise CheckpointError(
+                    f"{self._path} ends at byte {offset + done}, but bytes [{offset}, {offset + len(buffer)}) are "
+                    "needed; it was cut off: copy or download it again"
+                )
+            done += count
+            if on_bytes:
+                on_bytes(count)
+            return done == len(buffer)
+
+        if len(buffer):
+            self._attempts.run(f"read {self._path} from byte {offset}", attempt)
+
+    def read_aligned(self, offset: int, buffer: memoryview, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Like `read_into`, for a direct reader: all is aligned, and what lies behind the file's end stays as it is.
+
+        Raises:
+            DirectUnsupportedError: the storage has no direct reads.
+        """
+        count = min(len(buffer), self._stat.size - offset)
+        done = 0
+
+        def attempt() -> bool:
+            nonlocal done
+            some = self._read_some(offset + done, buffer[done:])
+            if done + some < count:
+                some -= some % ALIGNMENT
+                if some == 0:
+                    raise TransientError(f"a direct read at byte {offset + done} gave less than {ALIGNMENT} bytes")
+            done += some
+            if on_bytes:
+                on_bytes(some)
+            return done >= count
+
+        if count:
+            self._attempts.run(f"read {self._path} from byte {offset}", attempt)
+
+    def check(self) -> None:
+        """See that the file that was read is still the pinned one."""
+        if self._reader is not None:
+            self._reader.check()
+
+    @property
+    def _path(self) -> str:
+        return f"{self._source.address}/{self._name}"
+
+    def _read_some(self, offset: int, buffer: memoryview) -> int:
+        if self._reader is None:
+            self._reader = self._source.open(self._name, self._stat, end=self._end, direct=self._direct)
+        try:
+            return self._reader.read_some(offset, buffer)
+        except TransientError:
+            self.close()
+            raise
+
+
+def read_file(source: Source, name: str, max_bytes: int) -> bytes:
+    """A small file as a whole; refused when it is larger than `max_bytes`, before memory is taken."""
+    stat = source.stat(name)
+    if stat.size > max_bytes:
+        raise CheckpointError(f"{source.address}/{name} has {stat.size} bytes; at most {max_bytes} are allowed")
+    content = bytearray(stat.size)
+    with PersistentReader(source, name, stat) as reader:
+        reader.read_into(0, memoryview(content))
+    return bytes(content)
