@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchinfer.fake_gcs import Behaviour, FakeGcs
+from torchinfer.loader import Checkpoint, LoadOptions, load_model
 from torchinfer.loader.folder import FileReader, FolderSource
+from torchinfer.loader.gcs import GcsSource
+from torchinfer.loader.retry import RetryPolicy
 from torchinfer.loader.source import FileStat
+from torchinfer.models.config import ModelConfig
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,6 +41,7 @@ CONFIG = {
 }
 WriteRaw = Callable[..., Path]
 WriteShards = Callable[..., Path]
+OnRead = Callable[[Callable[[int], object]], None]
 
 
 @pytest.fixture
@@ -124,3 +135,128 @@ class _FaultyReader(FileReader):
 def faulty() -> type[FaultySource]:
     """FaultySource(folder, fault)."""
     return FaultySource
+
+
+@pytest.fixture
+def on_read(monkeypatch: pytest.MonkeyPatch) -> OnRead:
+    """on_read(action): from now on, before each read of a file, action(number of the read, from 1) is called."""
+    whole = os.preadv
+
+    def install(action: Callable[[int], object]) -> None:
+        numbers = count(1)
+
+        def preadv(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+            if not flags:  # with flags it is a question to the page cache
+                action(next(numbers))
+            return whole(descriptor, buffers, offset, flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    return install
+
+
+@dataclass
+class Bed:
+    """A Llama of four shards in a folder, which may be served as a bucket, and what the injections can reach."""
+
+    folder: Path
+    config: dict[str, object]
+    tensors: dict[str, Tensor]
+    write_shards: WriteShards
+    on_read: OnRead
+    patch: pytest.MonkeyPatch
+    gcs: FakeGcs | None
+    connections: list[HTTPConnection] = field(default_factory=list)
+    shards: tuple[str, ...] = tuple(f"model-{number}-of-4.safetensors" for number in (1, 2, 3, 4))
+    stall_seconds: float = 0.3
+    on_retry: Callable[[], object] = lambda: None
+    on_end: Callable[[], object] = lambda: None  # of a load
+
+    @property
+    def address(self) -> str:
+        return "gs://bucket" if self.gcs else str(self.folder)
+
+    @property
+    def first(self) -> Path:
+        return self.folder / self.shards[0]
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        names = sorted(tensors)
+        shards = {shard: {name: tensors[name] for name in names[i::4]} for i, shard in enumerate(self.shards)}
+        self.write_shards(shards, self.config)
+        for shard in self.shards:
+            os.utime(self.folder / shard, ns=(1, 1))  # clocks of filesystems are coarse: a change now must show
+
+    def behave(self, **behaviour: Any) -> None:
+        assert self.gcs is not None
+        self.gcs.set(Behaviour(**behaviour))
+
+    def load(self, inject: Callable[[Bed], object], dtype: torch.dtype, options: LoadOptions) -> dict[str, Tensor]:
+        """Open the checkpoint, then `inject`, then load."""
+        checkpoint = Checkpoint.open(self.address)
+        inject(self)
+        try:
+            model = load_model(
+                checkpoint, ModelConfig.from_dict(checkpoint.config), dtype, torch.device("cpu"), options=options
+            )
+        finally:
+            self.on_end()
+        return dict(model.state_dict())
+
+    def reader_threads(self) -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "header"))]
+
+    def left(self) -> list[object]:
+        """What a load should not leave behind: threads, open files, connections that bring bytes."""
+        found: list[object] = [*self.reader_threads()]
+        if self.gcs is None:  # the server has its own open files
+            links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+            found += [link for link in links if link.startswith(str(self.folder))]
+        return found + [connection for connection in self.connections if connection.sock is not None]
+
+
+@pytest.fixture(params=["folder", "gs"])
+def storage(request: pytest.FixtureRequest) -> str:
+    """Where the checkpoint lies: all of them, or what the test is parametrized with."""
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+def bed(
+    storage: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    config: dict[str, object],
+    llama_tensors: dict[str, Tensor],
+    write_shards: WriteShards,
+    on_read: OnRead,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Bed]:
+    found = Bed(tmp_path, config, llama_tensors, write_shards, on_read, monkeypatch, None)
+    found.write(llama_tensors)
+
+    def delay(policy: RetryPolicy, failures: int) -> float:
+        found.on_retry()
+        return 0.001
+
+    monkeypatch.setattr(RetryPolicy, "delay", delay)
+    if storage == "folder":
+        yield found
+        return
+    root = tmp_path_factory.mktemp("root")
+    (root / "bucket").symlink_to(tmp_path)
+    record_connections(found)
+    monkeypatch.setitem(GcsSource.__init__.__kwdefaults__, "stall_timeout", found.stall_seconds)
+    with FakeGcs(root) as found.gcs:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.gcs.endpoint)
+        yield found
+
+
+def record_connections(bed: Bed) -> None:
+    class Recorded(HTTPConnection):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            bed.connections.append(self)
+
+    bed.patch.setattr("torchinfer.loader.gcs_stream.HTTPConnection", Recorded)

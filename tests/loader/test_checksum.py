@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.checksum import SUMS, Checksums, combine, crc32c, read_sums
+from torchinfer.loader.checksum import SUMS, Checksums, combine, crc32c, part_of, read_sums
 from torchinfer.loader.folder import FolderSource
 from torchinfer.loader.source import FileStat
 
@@ -39,9 +39,9 @@ def test_files_are_checked_whatever_the_order_of_their_parts() -> None:
     sums = Checksums({"a": crc32c(octets(content)), "b": 7})
     stats = {"a": FileStat(1000, "")}
     for begin in (400, 0, 700):
-        sums.add("a", begin, octets(content[begin : {400: 700, 0: 400, 700: 1000}[begin]]))
+        sums.add("a", part_of(begin, octets(content[begin : {400: 700, 0: 400, 700: 1000}[begin]])))
     sums.check(stats)
-    sums.add("b", 0, octets(b"xyz"))
+    sums.add("b", part_of(0, octets(b"xyz")))
     with pytest.raises(CheckpointError, match=r"1 files do not have their CRC32C: b has [0-9a-f]{8}, 00000007 is"):
         sums.check({**stats, "b": FileStat(3, "")})
 

@@ -35,7 +35,9 @@ def test_neighbours_share_an_extent_and_large_tensors_have_several() -> None:
     tensors = entries((10,), (1000, 1000), (10,), shard="a") | entries((5, 5), shard="b")
     extents = plan_extents(whole(tensors), tensors, MIB)
     assert [extent.shard for extent in extents] == ["a"] * 4 + ["b"]
-    assert all(extent.end - extent.begin <= MIB for extent in extents)
+    assert all(extent.end - extent.begin <= 1.02 * MIB for extent in extents)
+    lengths = [extent.num_bytes for extent in extents[:4]]
+    assert max(lengths) < 1.1 * min(lengths)  # so that readers end together
     assert [piece.entry.name for piece in extents[0].pieces][:1] == ["a0"]
     assert sum(extent.num_bytes for extent in extents) == sum(entry.num_bytes for entry in tensors.values())
 
@@ -87,8 +89,13 @@ def test_a_tensor_with_a_transform_is_one_piece() -> None:
         check_fits([extent], 4 * MIB)
 
 
+@pytest.mark.parametrize(("num_bytes", "expected"), [(256 * MIB, 64), (512 * MIB, 128), (768 * MIB, 96), (1, 4)])
+def test_readers_have_equally_much_to_read(num_bytes: int, expected: int) -> None:
+    assert extent_bytes(True, 2048 * MIB, 4, num_bytes) == expected * MIB
+
+
 @pytest.mark.parametrize("limit", [32 * MIB, 100 * MIB, 2048 * MIB])
 @pytest.mark.parametrize("num_readers", [1, 4, 64])
 def test_all_readers_find_room(limit: int, num_readers: int) -> None:
-    length = extent_bytes(True, limit, num_readers)
+    length = extent_bytes(True, limit, num_readers, 100_000 * MIB)
     assert length == SMALLEST_EXTENT_BYTES or (num_readers + 1) * (length + 2 * MIB) <= limit

@@ -59,20 +59,25 @@ class Assembly:
             return None
         return self._destination(piece).reshape(-1).view(torch.uint8)
 
-    def put(self, piece: Piece, content: Tensor) -> None:
-        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`."""
+    def put(self, piece: Piece, content: Tensor, is_part: bool = False) -> None:
+        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`.
+        `is_part`: of its columns there are only this process's."""
         if piece.is_filler:
             return
         placement = self._placements[piece.entry.name]
-        value = content.view(piece.entry.dtype).view(piece.shape)
+        cut = placement.cut if placement.cut is not None and placement.cut.dim != 0 else None
+        shape = list(piece.shape)
+        if is_part and cut is not None:
+            shape[cut.dim] = cut.stop - cut.start
+        value = content.view(piece.entry.dtype).view(shape)
         if self._device.type == "cuda":
             value = value.to(self._device, non_blocking=True)
         _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
         if placement.target.transform is not None:
             value = placement.target.transform(value)
             assert value.shape == piece.shape, f"the transform of {piece.entry.name} changes its shape"
-        if placement.cut is not None and placement.cut.dim != 0:
-            value = value.narrow(placement.cut.dim, placement.cut.start, placement.cut.stop - placement.cut.start)
+        if cut is not None and not is_part:
+            value = value.narrow(cut.dim, cut.start, cut.stop - cut.start)
         if self._device.type == "xla":
             self._send(piece, value)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, raise_all
 from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_header, shorten
-from torchinfer.loader.retry import PersistentReader, read_file
+from torchinfer.loader.retry import Attempts, PersistentReader, read_file
 from torchinfer.loader.source import FileStat, Source, is_inside
 from torchinfer.loader.storage import open_source
 from torchinfer.tokenizer import VOCABULARY_FILES
@@ -199,15 +199,20 @@ def _compare(weight_map: dict[str, str], entries: list[TensorEntry], readable: s
 def _read_headers(source: Source, shards: list[str], problems: list[str]) -> list[_Header]:
     """Those that can be read. Side by side: a header over a network is two or three round trips."""
 
+    attempts = Attempts()
+
     def read(shard: str) -> _Header | CheckpointError:
         try:
             stat = source.stat(shard)
-            return _Header(shard, stat, read_header(source, shard, stat))
+            return _Header(shard, stat, read_header(source, shard, stat, attempts))
         except CheckpointError as error:
             return error
 
     with ThreadPoolExecutor(HEADER_READERS, "header") as pool:
-        found = list(pool.map(read, shards))
+        try:
+            found = list(pool.map(read, shards))
+        finally:
+            attempts.stop.set()  # after Ctrl-C nobody waits for what is left
     problems += [str(each) for each in found if isinstance(each, CheckpointError)]
     return [each for each in found if isinstance(each, _Header)]
 

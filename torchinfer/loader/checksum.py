@@ -19,6 +19,7 @@ from torchinfer.loader.source import FileStat, Source
 SUMS = "CRC32C"  # lines of "<8 hex digits>  <file name>", as sha256sum writes its own
 MAX_SUMS_BYTES = 10_000_000
 POLYNOMIAL = 0x82F63B78  # bit-reversed
+Part = tuple[int, int, int]  # of a file: begin, end, CRC32C
 
 
 def crc32c(content: Tensor) -> int:
@@ -32,6 +33,11 @@ def crc32c(content: Tensor) -> int:
     except ImportError as error:
         raise CheckpointError("verifying needs google-crc32c; pip install google-crc32c, or load without it") from error
     return int(google_crc32c.value(content.numpy()))
+
+
+def part_of(begin: int, content: Tensor) -> Part:
+    """The part of a file that begins there with these bytes, uint8 [n]."""
+    return begin, begin + len(content), crc32c(content)
 
 
 def combine(first: int, second: int, second_length: int) -> int:
@@ -63,14 +69,13 @@ class Checksums:
     """Collects the parts of files and compares. `add` is for any thread."""
 
     expected: Mapping[str, int]
-    _parts: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)  # file -> (begin, end, crc)
+    _parts: dict[str, list[Part]] = field(default_factory=dict)  # by file
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, name: str, begin: int, content: Tensor) -> None:
-        """Bytes of a file from `begin`, uint8 [n]."""
-        part = (begin, begin + len(content), crc32c(content))
+    def add(self, name: str, *parts: Part) -> None:
+        """Note parts of a file, each byte once."""
         with self._lock:
-            self._parts.setdefault(name, []).append(part)
+            self._parts.setdefault(name, []).extend(parts)
 
     def check(self, stats: Mapping[str, FileStat]) -> None:
         """See that all bytes of all files were added, and that every file has its checksum.

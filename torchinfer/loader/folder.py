@@ -7,6 +7,7 @@ mounts keep their stream and their read-ahead per handle.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat as stat_module
@@ -24,13 +25,16 @@ from torchinfer.loader.source import (
     check_inside,
 )
 
+CACHE_SAMPLES = 8  # of an extent, to see whether it is in the page cache
 READ_BYTES = 8 << 20  # in one call: enough for the largest read-ahead, little enough to stop soon
 TRANSIENT = {
     errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ECANCELED, errno.ESTALE, errno.ECONNRESET,
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
+DEAD_DAEMON = "the FUSE daemon of this mount died: mount it again (in Kubernetes: restart the pod)"
 ADVICE = {
-    errno.ENOTCONN: "the FUSE daemon of this mount died: mount it again (in Kubernetes: restart the pod)",
+    errno.ENOTCONN: DEAD_DAEMON,
+    errno.ECONNABORTED: DEAD_DAEMON,  # what a read under way gets
     errno.EACCES: "permission is missing: check the mode, or the bucket's roles/storage.objectViewer",
     errno.EPERM: "permission is missing: check the mode, or the bucket's roles/storage.objectViewer",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
@@ -68,7 +72,7 @@ class FileReader(Reader):
             raise changed(str(self._path))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        _close(self._descriptor)
 
     def _error(self, verb: str, error: OSError) -> Exception:
         if self._is_direct and error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
@@ -122,6 +126,33 @@ class FolderSource(Source):
     def open(self, name: str, stat: FileStat, *, end: int | None = None, direct: bool = False) -> FileReader:
         check_inside(name)
         return FileReader(self.path / name, stat, direct=direct)
+
+    def is_cached(self, name: str, offset: int, num_bytes: int) -> bool:
+        """By reads of single bytes that the kernel refuses when they would have to wait (preadv2(2), RWF_NOWAIT)."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # the read itself will say why
+            return False
+        places = range(offset, offset + num_bytes, max(1, num_bytes // CACHE_SAMPLES))
+        try:
+            cached = [_is_ready(descriptor, place) for place in places]
+        finally:
+            _close(descriptor)
+        return sum(cached) > len(cached) / 2
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # a FUSE daemon that is dead says so here again; the descriptor is closed
+        os.close(descriptor)
+
+
+def _is_ready(descriptor: int, offset: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: the filesystem cannot tell
+        return False
 
 
 def _file_stat(status: os.stat_result) -> FileStat:

@@ -44,6 +44,13 @@ class Cut:
     start: int
     stop: int
 
+    def of(self, shard: Shard, size: int) -> Cut:
+        """The part of another process, of a tensor with `size` in this dimension. Parts are of one size; where they
+        are fewer than processes, neighbours have the same."""
+        length = self.stop - self.start
+        start = shard.rank * (size // max(length, 1)) // shard.world * length
+        return Cut(self.dim, start, start + length)
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -173,8 +180,7 @@ def _with_cut(placement: Placement, state: Mapping[str, Tensor], entry: TensorEn
     num_parts, rest = divmod(full[dim], max(local[dim], 1))
     if rest or shard.world % num_parts:
         return placement
-    start = shard.rank * num_parts // shard.world * local[dim]
-    return replace(placement, cut=Cut(dim, start, start + local[dim]))
+    return replace(placement, cut=Cut(dim, 0, local[dim]).of(shard, full[dim]))
 
 
 def _unfit(

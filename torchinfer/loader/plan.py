@@ -10,9 +10,10 @@ sequential, and a request to Cloud Storage waits 45 ms for its first byte
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +39,19 @@ class Piece:
     last_row: int
     offset: int  # in the file, bytes
     num_bytes: int
+    is_divisible: bool = True
+
+    def split(self, num_bytes: int) -> tuple[Piece | None, Piece | None]:
+        """As many rows as fit into `num_bytes`, and the others; None where that is nothing."""
+        if self.num_bytes <= num_bytes:
+            return self, None
+        row_bytes = self.num_bytes // (self.last_row - self.first_row)
+        rows = max(0, num_bytes) // row_bytes if self.is_divisible else 0
+        if rows == 0:
+            return None, self
+        row, cut = self.first_row + rows, rows * row_bytes
+        head = replace(self, last_row=row, num_bytes=cut)
+        return head, replace(self, first_row=row, offset=self.offset + cut, num_bytes=self.num_bytes - cut)
 
     @property
     def end(self) -> int:
@@ -94,21 +108,23 @@ def plan_extents(
     for name, placement in placements.items():
         entry = tensors[name]
         if entry.num_bytes:
-            by_shard.setdefault(entry.shard, []).extend(_pieces(entry, placement, extent_bytes))
+            by_shard.setdefault(entry.shard, []).append(_wanted(entry, placement))
     for shard, size in whole_files.items():
-        by_shard[shard] += _fillers(shard, by_shard[shard], size, extent_bytes)
+        by_shard[shard] += _fillers(shard, by_shard[shard], size)
     return [extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes)]
 
 
-def extent_bytes(is_network: bool, limit: int, num_readers: int) -> int:
-    """Length of extents: what the storage likes, and so that all readers can stage one within `limit` bytes."""
-    wished = NETWORK_EXTENT_BYTES if is_network else EXTENT_BYTES
+def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int) -> int:
+    """Length of extents of a load of `num_bytes`: not more than the storage likes, so that all readers have as many and
+    end together, and so that all of them can stage one within `limit` bytes."""
+    longest = NETWORK_EXTENT_BYTES if is_network else EXTENT_BYTES
+    num_turns = max(1, -(-num_bytes // (num_readers * longest)))
     fitting = (limit // (num_readers + 1) - LARGE_PAGE) // LARGE_PAGE * LARGE_PAGE
-    return max(SMALLEST_EXTENT_BYTES, min(wished, fitting))
+    return max(SMALLEST_EXTENT_BYTES, min(-(-num_bytes // (num_readers * num_turns)), fitting))
 
 
-def check_fits(extents: Iterable[Extent], limit: int) -> None:
-    """Refuse a limit that the largest extent does not fit in.
+def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> None:
+    """Refuse a limit that the largest extent does not fit in, beside `other_bytes` that are held all the time.
 
     Raises:
         ConfigError: with that extent's tensor and the limit that would do.
@@ -116,7 +132,7 @@ def check_fits(extents: Iterable[Extent], limit: int) -> None:
     largest = max(extents, key=lambda extent: extent.staging_bytes, default=None)
     if largest is None:
         return
-    needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE
+    needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE + other_bytes
     if needed > limit:
         name = max(largest.pieces, key=lambda piece: piece.num_bytes).entry.name
         raise ConfigError(
@@ -125,39 +141,46 @@ def check_fits(extents: Iterable[Extent], limit: int) -> None:
         )
 
 
-def _pieces(entry: TensorEntry, placement: Placement, extent_bytes: int) -> Iterator[Piece]:
-    """The wanted rows, in blocks that fit an extent."""
+def _wanted(entry: TensorEntry, placement: Placement) -> Piece:
+    """What is needed of a tensor, as one piece."""
     if not entry.shape or placement.target.transform is not None:
-        yield Piece(entry, 0, entry.shape[0] if entry.shape else 1, entry.offset, entry.num_bytes)
-        return
+        return Piece(entry, 0, entry.shape[0] if entry.shape else 1, entry.offset, entry.num_bytes, is_divisible=False)
     row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     first, last = placement.rows_of(entry.shape)
-    step = max(1, extent_bytes // row_bytes)
-    for row in range(first, last, step):
-        end = min(row + step, last)
-        yield Piece(entry, row, end, entry.offset + row * row_bytes, (end - row) * row_bytes)
+    return Piece(entry, first, last, entry.offset + first * row_bytes, (last - first) * row_bytes)
 
 
-def _fillers(shard: str, pieces: list[Piece], size: int, extent_bytes: int) -> list[Piece]:
+def _fillers(shard: str, pieces: list[Piece], size: int) -> list[Piece]:
     """The bytes of a file that no piece covers."""
     found, at = [], 0
     for begin, end in [*sorted((piece.offset, piece.end) for piece in pieces), (size, size)]:
-        for start in range(at, begin, extent_bytes):
-            length = min(extent_bytes, begin - start)
-            entry = TensorEntry("", torch.uint8, (length,), shard, start, length)
-            found.append(Piece(entry, 0, length, start, length))
+        if at < begin:
+            entry = TensorEntry("", torch.uint8, (begin - at,), shard, at, begin - at)
+            found.append(Piece(entry, 0, begin - at, at, begin - at))
         at = end
     return found
 
 
 def _extents(shard: str, pieces: list[Piece], extent_bytes: int) -> Iterator[Extent]:
+    """Extents of about the same length, so that readers which started together end together."""
     pieces.sort(key=lambda piece: piece.offset)
+    gaps = [after.offset - before.end for before, after in itertools.pairwise(pieces)]
+    length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= MAX_GAP_BYTES)
+    length = -(-length // max(1, -(-length // extent_bytes)))
+    length += length // 64  # or the rounding to whole rows would leave a crumb
     group: list[Piece] = []
-    for piece in pieces:
-        is_far = group and piece.offset - group[-1].end > MAX_GAP_BYTES
-        if group and (is_far or piece.end - group[0].offset > extent_bytes):
-            yield Extent(shard, tuple(group))
-            group = []
-        group.append(piece)
+    for wanted in pieces:
+        rest: Piece | None = wanted
+        while rest is not None:
+            if group and rest.offset - group[-1].end > MAX_GAP_BYTES:
+                yield Extent(shard, tuple(group))
+                group = []
+            head, tail = rest.split(length - (rest.offset - group[0].offset if group else 0))
+            if head is None and group:
+                yield Extent(shard, tuple(group))
+                group = []
+                continue
+            group.append(head or rest)
+            rest = tail if head else None
     if group:
         yield Extent(shard, tuple(group))

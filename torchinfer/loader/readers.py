@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.checksum import Checksums
+from torchinfer.loader.checksum import Checksums, Part, part_of
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.loader.retry import Attempts, PersistentReader, Stopped
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 JOIN_SECONDS = 5.0
+MAX_UNPLACED = 2  # beyond, readers wait: buffers that are used again are faster than more of them
 MAX_STALLS = 3  # of one extent
 
 
@@ -50,13 +51,15 @@ class _Job:
     """One attempt at one extent."""
 
     extent: Extent
-    is_direct: bool
     num_stalls: int
+    is_cached: bool = False
+    is_direct: bool = False
     num_bytes: int = 0
     last_byte: float | None = None  # when bytes came last; None while the job waits for memory
     is_abandoned: bool = False
     started: float = 0.0
     buffer: Tensor | None = None
+    parts: list[Part] = field(default_factory=list)  # for the checksum
 
     def count(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes
@@ -77,6 +80,7 @@ class Readers:
     checksums: Checksums | None = None  # None: nothing is verified
     stall_seconds: float = 60.0  # without a byte, after which an extent is read by another reader
     attempts: Attempts = field(default_factory=Attempts)
+    poll_seconds: float = POLL_SECONDS  # after which `filled` gives None
     most_readers: int = 0
     _jobs: set[_Job] = field(default_factory=set)
     _stalls: dict[tuple[str, int], int] = field(default_factory=dict)  # by shard and begin of the extent
@@ -85,6 +89,7 @@ class Readers:
     _done: queue.SimpleQueue[Filled | BaseException] = field(default_factory=queue.SimpleQueue)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _finished_bytes: int = 0
+    _num_unplaced: int = 0  # extents that were read and wait, or are being placed
 
     @property
     def num_bytes(self) -> int:
@@ -106,7 +111,7 @@ class Readers:
         while remaining:
             self._adapt()
             try:
-                found = self._done.get(timeout=POLL_SECONDS)
+                found = self._done.get(timeout=self.poll_seconds)
             except queue.Empty:
                 yield None
                 continue
@@ -114,6 +119,9 @@ class Readers:
                 raise found
             remaining -= 1
             yield found
+            with self._condition:
+                self._num_unplaced -= 1
+                self._condition.notify_all()
 
     def close(self) -> None:
         """Stop all readers and wait for them; those that the storage does not let go end by themselves."""
@@ -173,17 +181,21 @@ class Readers:
                     return
                 self._jobs.discard(job)
                 self._finished_bytes += job.num_bytes
-                self.direct.observe(job.is_direct, job.num_bytes, time.monotonic() - job.started)
+                if self.checksums is not None:  # what an abandoned job has read is read and added by another
+                    self.checksums.add(job.extent.shard, *job.parts)
+                if not job.is_cached:
+                    self.direct.observe(job.is_direct, job.num_bytes, time.monotonic() - job.started)
+                self._num_unplaced += 1
             self._done.put(found)
 
     def _next(self) -> _Job | None:
         with self._condition:
             while not self.attempts.stop.is_set():
-                if len(self._jobs) < self.count.target:
+                if len(self._jobs) < self.count.target and self._num_unplaced <= MAX_UNPLACED:
                     if not self.extents:
                         break
                     extent = self.extents.popleft()
-                    job = _Job(extent, self.direct.next(), self._stalls.get((extent.shard, extent.begin), 0))
+                    job = _Job(extent, self._stalls.get((extent.shard, extent.begin), 0))
                     self._jobs.add(job)
                     self.most_readers = max(self.most_readers, len(self._jobs))
                     return job
@@ -193,6 +205,7 @@ class Readers:
 
     def _fill(self, job: _Job) -> Filled:
         extent = job.extent
+        self._choose(job)
         places = [self.place_of(piece) for piece in extent.pieces]
         if job.is_direct or any(place is None for place in places):
             job.buffer = self.staging.take(extent.staging_bytes, self.attempts.stop)
@@ -209,6 +222,14 @@ class Readers:
             filled.buffer = None
         return filled
 
+    def _choose(self, job: _Job) -> None:
+        """Around the page cache or through it; what is in it already is not read from storage again."""
+        extent = job.extent
+        if not self.direct.is_given:
+            job.is_cached = self.source.is_cached(extent.shard, extent.begin, extent.end - extent.begin)
+        with self._condition:
+            job.is_direct = not job.is_cached and self.direct.next()
+
     def _give_back(self, job: _Job) -> None:
         with self._condition:
             if job.buffer is not None and not job.is_abandoned:
@@ -222,6 +243,7 @@ class Readers:
             except DirectUnsupportedError:
                 self.direct.refuse()
                 job.is_direct, job.num_bytes = False, 0
+                job.parts.clear()
             else:
                 return
         extent = job.extent
@@ -229,7 +251,7 @@ class Readers:
         with PersistentReader(self.source, extent.shard, stat, self.attempts, end=extent.end) as reader:
             for begin, memory in _targets(filled, places):
                 reader.read_into(begin, memory.numpy().data, job.count)
-                self._sum(extent.shard, begin, memory)
+                self._sum(job, begin, memory)
             reader.check()
 
     def _read_direct(self, job: _Job, filled: Filled, places: list[Tensor | None]) -> None:
@@ -242,15 +264,15 @@ class Readers:
             for begin, end in _runs(list(extent.pieces)):
                 first, last = begin // ALIGNMENT * ALIGNMENT, -(-end // ALIGNMENT) * ALIGNMENT
                 reader.read_aligned(first, buffer[first - base : last - base].numpy().data, job.count)
-                self._sum(extent.shard, begin, buffer[begin - base : end - base])
+                self._sum(job, begin, buffer[begin - base : end - base])
             reader.check()
         for piece, place in zip(extent.pieces, places, strict=True):
             if place is not None:
                 place.copy_(filled.bytes_of(piece))
 
-    def _sum(self, shard: str, begin: int, content: Tensor) -> None:
+    def _sum(self, job: _Job, begin: int, content: Tensor) -> None:
         if self.checksums is not None:
-            self.checksums.add(shard, begin, content)
+            job.parts.append(part_of(begin, content))
 
 
 def _base(extent: Extent) -> int:

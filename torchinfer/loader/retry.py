@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.source import ALIGNMENT, FileStat, Reader, Source, TransientError
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -159,19 +161,33 @@ class PersistentReader:
             self._attempts.run(f"read {self._path} from byte {offset}", attempt)
 
     def check(self) -> None:
-        """See that the file that was read is still the pinned one."""
+        """See that the file that was read is still the pinned one.
+
+        Raises:
+            CheckpointError: it is not, or it cannot be looked at.
+            Stopped: the load was given up.
+        """
+
+        def attempt() -> bool:
+            self._use(lambda reader: reader.check())
+            return True
+
         if self._reader is not None:
-            self._reader.check()
+            self._attempts.run(f"look at {self._path}", attempt)
 
     @property
     def _path(self) -> str:
         return f"{self._source.address}/{self._name}"
 
     def _read_some(self, offset: int, buffer: memoryview) -> int:
+        return self._use(lambda reader: reader.read_some(offset, buffer))
+
+    def _use(self, use: Callable[[Reader], Result]) -> Result:
+        """With a handle that is new after an error."""
         if self._reader is None:
             self._reader = self._source.open(self._name, self._stat, end=self._end, direct=self._direct)
         try:
-            return self._reader.read_some(offset, buffer)
+            return use(self._reader)
         except TransientError:
             self.close()
             raise

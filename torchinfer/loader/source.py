@@ -95,6 +95,10 @@ class Source(abc.ABC):
             DirectUnsupportedError: here or in a read, where `direct` is not possible.
         """
 
+    def is_cached(self, name: str, offset: int, num_bytes: int) -> bool:
+        """Whether these bytes are in memory already, most of them, as far as the storage can say."""
+        return False
+
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
         try:

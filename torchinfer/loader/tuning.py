@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_SECONDS = 0.5
 WORTH = 1.08  # more readers stay when they bring this factor
-CACHED_RATE = 1.5e9  # bytes/s of one reader: memory is that fast, and storage behind one handle is not
+CACHED_RATE = 1.5e9  # bytes/s of one reader: a page cache that does not tell what it holds (FUSE), or as good
 PROBE_EXTENTS = 2  # of each kind
 DIRECT_GAIN = 1.2  # direct reads must be faster by this, because they leave nothing in the page cache for others
 
@@ -53,11 +53,18 @@ class ReaderCount:
 
 @dataclass(slots=True)
 class DirectChoice:
-    """Whether reads go around the page cache. `choice` is None while the first extents are being compared."""
+    """Whether reads go around the page cache. `choice` is None while the first extents are being compared.
+
+    Extents that are in the page cache already are read from there and say nothing; this is about the others.
+    """
 
     choice: bool | None
+    is_given: bool = field(init=False)  # by the caller: nothing is compared
     _rates: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
     _num_direct: int = 0
+
+    def __post_init__(self) -> None:
+        self.is_given = self.choice is not None
 
     def next(self) -> bool:
         """For the extent that is started now. Call it, and `observe`, under one lock."""

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchinfer.errors import CheckpointError, raise_all
+from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.assembly import Assembly
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
+from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
-from torchinfer.loader.placement import WHOLE, Shard, place
+from torchinfer.loader.placement import WHOLE, Placement, Shard, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
 from torchinfer.loader.readers import Readers
+from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
@@ -29,7 +32,7 @@ from torchinfer.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
-FIRST_READERS, MOST_READERS = 2, 16  # on local storage
+FIRST_READERS, MOST_READERS = min(8, max(2, os.cpu_count() or 2)), 16  # on local storage
 FIRST_NETWORK_READERS, MOST_NETWORK_READERS = 8, 64
 PROBE_BYTES = 1 << 30  # loads of less do not try direct reads: the comparison would cost more than it brings
 
@@ -42,6 +45,14 @@ class LoadOptions:
     readers: int | None = None  # at most, each with a file handle of its own; None: as many as bring more
     direct: bool | None = None  # around the page cache (O_DIRECT); None: what the first extents show to be faster
     verify: bool = False  # compare whole files with their CRC32C: the storage's, or that of a file CRC32C beside them
+    exchange: bool | None = None  # processes send each other what several need; None: where that is faster
+
+    def __post_init__(self) -> None:
+        if self.exchange and self.verify:
+            raise ConfigError(
+                "exchange=True and verify=True exclude each other: to verify, every process reads whole files; switch "
+                "one of them off"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +66,15 @@ class LoadReport:
     is_direct: bool
     peak_host_bytes: int  # of staging memory
     num_retries: int
+    exchanged_bytes: int = 0  # that came from other processes instead of the storage
 
     def __str__(self) -> str:
         size, rate = self.num_bytes / 1e9, self.num_bytes / max(self.seconds, 1e-9) / 1e9
+        exchanged = f", {self.exchanged_bytes / 1e9:.3f} GB from other processes" if self.exchanged_bytes else ""
         return (
             f"loaded {self.num_tensors} tensors, {size:.3f} GB in {self.seconds:.2f} s: {rate:.2f} GB/s "
             f"with {self.num_readers} readers{', O_DIRECT' if self.is_direct else ''}; staging memory "
-            f"{self.peak_host_bytes / 1e6:.0f} MB, {self.num_retries} retries"
+            f"{self.peak_host_bytes / 1e6:.0f} MB, {self.num_retries} retries{exchanged}"
         )
 
 
@@ -97,88 +110,173 @@ def load_weights(
     progress: bool,
     options: LoadOptions = LoadOptions(),
     shard: Shard = WHOLE,
+    peers: Peers | None = None,
 ) -> LoadReport:
     """Give every parameter of a model (usually on meta) its values, on `device`; floats become `dtype`.
 
     Persistent buffers are filled likewise and keep their dtype; other buffers are moved to the device. With a `shard`
     the model has the shapes of one process, and only its part is read. Each byte is read once. A model whose load
-    failed is unusable.
+    failed is unusable. Where processes exchange what several of them need (exchange.py), all of them call this with the
+    same options; `peers` are those of the default group if it fits.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
-            early, was replaced, cannot be read in spite of retries, or a value is beyond the range of `dtype`.
-        ConfigError: `options.memory` is too little for a tensor.
+            early, was replaced, cannot be read in spite of retries, or a value is beyond the range of `dtype`; or
+            when another process of an exchange failed.
+        ConfigError: `options.memory` is too little for a tensor, or `peers` do not fit the shard.
         DeviceError: the device's memory does not suffice.
     """
     start = time.perf_counter()
     placements, problems = place(model, checkpoint.tensors, shard)
     raise_all(problems, CheckpointError, f"{checkpoint.address} does not fit {_architecture(checkpoint)}")
-    is_network = checkpoint.source.is_network
-    # On XLA pieces are copied once more on the way to the device, of one extent at a time.
-    limit = options.memory // 2 if device.type == "xla" else options.memory
-    most = options.readers or (MOST_NETWORK_READERS if is_network else MOST_READERS)
-    first = min(most, FIRST_NETWORK_READERS if is_network else FIRST_READERS)
-    whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
-    checksums = Checksums(read_sums(checkpoint.source, checkpoint.stats)) if options.verify else None
-    extents = plan_extents(placements, checkpoint.tensors, extent_bytes(is_network, limit, first), whole_files)
-    check_fits(extents, limit)
-    readers = _readers(checkpoint, extents, Staging(limit, device.type == "cuda"), options, first, most)
-    assembly = Assembly(model, placements, extents, dtype, device)
-    readers.place_of, readers.checksums = assembly.place_of, checksums
-    num_bytes = sum(extent.num_bytes for extent in extents)
-    with contextlib.closing(readers), _bar(num_bytes, progress) as bar:
-        _fill(readers, assembly, bar)
-    if checksums is not None:
-        checksums.check(checkpoint.stats)
+    peers = find_peers(shard, peers)
+    plan = _plan(checkpoint, placements, device, shard, options, peers)
+    readers = _readers(checkpoint, plan, options, device)
+    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device)
+    readers.place_of = assembly.place_of
+    exchange = _exchange(plan.shared, shard, peers, placements, assembly, readers, device)
+    with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:
+        _fill(readers, assembly, exchange, bar)
+    if readers.checksums is not None:
+        readers.checksums.check(checkpoint.stats)
     assembly.finish()
-    seconds = time.perf_counter() - start
     report = LoadReport(
-        seconds=seconds,
-        num_bytes=num_bytes,
+        seconds=time.perf_counter() - start,
+        num_bytes=plan.num_bytes,
         num_tensors=len(placements),
         num_readers=readers.most_readers,
         is_direct=bool(readers.direct.choice),
         peak_host_bytes=readers.staging.peak,
         num_retries=readers.attempts.num_retries,
+        exchanged_bytes=exchange.num_received if exchange else 0,
     )
     logger.info("%s", report)
+    if not bar.disable:
+        print(report, file=sys.stderr)
     return report
 
 
-def _readers(
-    checkpoint: Checkpoint, extents: list[Extent], staging: Staging, options: LoadOptions, first: int, most: int
-) -> Readers:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is read, and with what."""
+
+    extents: list[Extent]
+    shared: SharedPlan
+    limit: int  # of staging memory, bytes
+    first_readers: int
+    most_readers: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(extent.num_bytes for extent in self.extents)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    placements: Mapping[str, Placement],
+    device: torch.device,
+    shard: Shard,
+    options: LoadOptions,
+    peers: Peers | None,
+) -> _Plan:
+    is_network = checkpoint.source.is_network
+    # On XLA pieces are copied once more on the way to the device, of one extent at a time.
+    limit = options.memory // 2 if device.type == "xla" else options.memory
+    most = options.readers or (MOST_NETWORK_READERS if is_network else MOST_READERS)
+    first = options.readers or (FIRST_NETWORK_READERS if is_network else FIRST_READERS)
+    whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
+    num_bytes = sum(checkpoint.tensors[name].num_bytes for name in placements)
+    block = extent_bytes(is_network, limit, first + 1, num_bytes)
+    shared = _shared(checkpoint, placements, shard, options, peers, block)
+    own = {name: placement for name, placement in placements.items() if name not in shared.names}
+    length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
+    extents = [*shared.own, *plan_extents(own, checkpoint.tensors, length, whole_files)]
+    check_fits(extents, limit, shared.staging_bytes)
+    return _Plan(extents, shared, limit, first, most)
+
+
+def _shared(
+    checkpoint: Checkpoint,
+    placements: Mapping[str, Placement],
+    shard: Shard,
+    options: LoadOptions,
+    peers: Peers | None,
+    block_bytes: int,
+) -> SharedPlan:
+    """What this process and others exchange; nothing where each reads for itself."""
+    nothing = plan = SharedPlan(shard.rank)
+    if peers is not None and not options.verify:
+        plan = plan_shared(
+            placements, checkpoint.tensors, shard, peers.block_bytes or block_bytes, peers.smallest_bytes
+        )
+    is_network, is_direct = checkpoint.source.is_network, bool(options.direct)
+    is_wanted, reason = choose_exchange(is_network, is_direct, shard.world, peers is not None, plan.bytes_saved)
+    if options.verify:
+        is_wanted, reason = False, "to verify, every process reads whole files"
+    elif options.exchange is not None:
+        is_wanted, reason = options.exchange, f"exchange={options.exchange} was asked for"
+    if is_wanted and peers is None and shard.world > 1:
+        raise ConfigError(
+            f"exchange=True needs a group of these {shard.world} processes: call torch.distributed.init_process_group "
+            "in all of them, or pass one as peers"
+        )
+    if shard.world > 1:
+        does = "processes exchange what several of them need" if is_wanted else "each process reads all that it needs"
+        logger.info("%s: %s", does, reason)
+    return plan if is_wanted else nothing
+
+
+def _exchange(
+    plan: SharedPlan,
+    shard: Shard,
+    peers: Peers | None,
+    placements: Mapping[str, Placement],
+    assembly: Assembly,
+    readers: Readers,
+    device: torch.device,
+) -> Exchange | None:
+    if peers is None or not plan.items:
+        return None
+    exchange = Exchange(plan, shard, peers, placements, assembly, readers.staging, device)
+    readers.place_of, readers.poll_seconds = exchange.place_of, POLL_SECONDS
+    return exchange
+
+
+def _readers(checkpoint: Checkpoint, plan: _Plan, options: LoadOptions, device: torch.device) -> Readers:
     direct = options.direct
-    if direct is None and sum(extent.num_bytes for extent in extents) < PROBE_BYTES:
-        direct = False
-    if checkpoint.source.kind == "gs":
+    if checkpoint.source.kind == "gs" or (direct is None and plan.num_bytes < PROBE_BYTES):
         direct = False
     return Readers(
         source=checkpoint.source,
         stats=checkpoint.stats,
-        extents=deque(extents),
-        staging=staging,
+        extents=deque(plan.extents),
+        staging=Staging(plan.limit, device.type == "cuda"),
         place_of=lambda piece: None,
-        count=ReaderCount(options.readers or first, most),
+        count=ReaderCount(plan.first_readers, plan.most_readers),
         direct=DirectChoice(direct),
+        checksums=Checksums(read_sums(checkpoint.source, checkpoint.stats)) if options.verify else None,
     )
 
 
-def _fill(readers: Readers, assembly: Assembly, bar: tqdm[None]) -> None:
+def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: tqdm[None]) -> None:
     """Place what is read until all is there."""
     start = time.perf_counter()
     for filled in readers.filled():
-        if filled is not None:
+        if filled is not None and not (exchange and exchange.offer(filled)):
             for piece in filled.staged:
                 assembly.put(piece, filled.bytes_of(piece))
             assembly.complete(filled.extent.pieces)
             if filled.buffer is not None:
                 assembly.wait()
                 readers.staging.give_back(filled.buffer)
+        if exchange:
+            exchange.step()
         num_bytes = readers.num_bytes
         average = num_bytes / (time.perf_counter() - start) / 1e9
         bar.set_postfix_str(f"average {average:.2f} GB/s, {readers.num_active} readers", refresh=False)
         bar.update(num_bytes - bar.n)
+    if exchange:
+        exchange.finish()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,94 @@
+"""One process of several that load a model together: python load_shard.py FOLDER RANK WORLD.
+
+FOLDER/cases.json says what to load, FOLDER/<rank>.pt gets what came out. For tests/loader/test_exchange.py; a script of
+its own, so that a new process starts without pytest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchinfer.errors import CheckpointError
+from torchinfer.loader import Checkpoint, LoadOptions, load_weights
+from torchinfer.loader.exchange import Peers
+from torchinfer.loader.folder import FileReader, FolderSource
+from torchinfer.loader.placement import Shard
+from torchinfer.loader.source import FileStat
+from torchinfer.models import build_model
+from torchinfer.models.config import ModelConfig
+from torchinfer.models.decoder import Decoder
+
+TIMEOUT = timedelta(seconds=20)
+
+
+class ToldSource(FolderSource):
+    """A folder that takes itself for network storage, fails, or ends the process, as it is told."""
+
+    def __init__(self, folder: str, is_network: bool, fault: str | None) -> None:
+        super().__init__(folder)
+        self.is_network, self.fault, self.num_opened = is_network, fault, 0
+
+    def open(self, name: str, stat: FileStat, *, end: int | None = None, direct: bool = False) -> FileReader:
+        self.num_opened += 1
+        if self.fault == "error" or (self.fault == "late error" and self.num_opened > 4):
+            raise CheckpointError("this disk is broken")
+        if self.fault == "exit":
+            os._exit(3)
+        return super().open(name, stat, end=end, direct=direct)
+
+
+def local_model(config: ModelConfig, world: int) -> Decoder:
+    """The model of one process on meta: heads, MLP columns and the vocabulary are divided."""
+    moe = config.moe and replace(config.moe, intermediate_size=config.moe.intermediate_size // world)
+    with torch.device("meta"):
+        return build_model(
+            replace(
+                config,
+                num_heads=config.num_heads // world,
+                num_kv_heads=max(1, config.num_kv_heads // world),
+                intermediate_size=config.intermediate_size // world,
+                vocab_size=config.vocab_size // world,
+                moe=moe,
+            )
+        )
+
+
+def load(case: dict[str, Any], shard: Shard) -> dict[str, Any]:
+    """The parameters and the report, or the error."""
+    fault = case.get("fault") if shard.rank == case.get("faulty_rank", 1) else None
+    source = ToldSource(case["folder"], case.get("is_network", False), fault)
+    checkpoint = replace(Checkpoint.open(case["folder"]), source=source)
+    config = ModelConfig.from_dict(json.loads((Path(case["folder"]) / "config.json").read_text()))
+    model = local_model(config, shard.world)
+    assert dist.group.WORLD is not None
+    peers = Peers(dist.group.WORLD, case.get("block_bytes"), case.get("smallest_bytes", 1))
+    options = LoadOptions(memory=case.get("memory", 64 << 20), exchange=case.get("exchange"))
+    dtype = getattr(torch, case.get("dtype", "float32"))
+    try:
+        report = load_weights(model, checkpoint, dtype, torch.device("cpu"), False, options, shard, peers)
+    except CheckpointError as error:
+        return {"error": str(error)}
+    return {"state": model.state_dict(), "report": report}
+
+
+def main() -> None:
+    folder, shard = Path(sys.argv[1]), Shard(int(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=shard.rank, world_size=shard.world, timeout=TIMEOUT)
+    cases = json.loads((folder / "cases.json").read_text())
+    outcome = {name: load(case, shard) for name, case in cases.items()}
+    torch.save(outcome, folder / f"{shard.rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
