@@ -38,7 +38,7 @@ class EngineConfig:
     moe_capacity_factor: float = 1.25
     compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
     load_memory: Size = 2 << 30  # bytes of host memory for what is on its way from the checkpoint to its place
-    load_readers: int | None = None  # files read at once, at most; None: as many as bring more
+    load_readers: int | None = None  # parts of files read at once, at most; None: as many as bring more
     load_direct: bool | None = None  # read around the page cache (O_DIRECT); None: where the first reads show a gain
     verify: bool = False  # compare the checkpoint's files with their CRC32C while they are loaded
     progress: bool = True  # progress bars on standard error, if it is a terminal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.folder import FolderSource
-from torchinfer.loader.retry import PersistentReader, read_file
+from torchinfer.loader.retry import PersistentReader, RetryPolicy, read_file
 from torchinfer.loader.source import is_inside
 
 
@@ -111,3 +112,33 @@ def test_links_out_of_the_folder_are_followed(tmp_path: Path) -> None:
 def test_an_error_of_the_system_is_reported_with_its_number(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent: No such file or directory \(errno 2\)"):
         FolderSource(tmp_path).stat("absent")
+
+
+@pytest.mark.parametrize("call", ["stat", "scandir"])
+def test_listing_survives_what_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    (tmp_path / "file").touch()
+    whole, failures = getattr(os, call), iter([errno.EIO, errno.ESTALE])
+
+    def failing(*arguments: object, **options: object) -> object:
+        for number in failures:
+            raise OSError(number, os.strerror(number))
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(RetryPolicy, "delay", lambda self, failures: 0.0)
+    monkeypatch.setattr(os, call, failing)
+    source = FolderSource(tmp_path)
+    assert source.names() == ["file"] and source.stat("file").size == 0
+
+
+def test_listing_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = FolderSource(tmp_path)
+
+    def failing(path: object) -> object:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(RetryPolicy, "delay", lambda self, failures: 0.0)
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(
+        CheckpointError, match=r"cannot list .*: Input/output error \(errno 5\); gave up after 5 attempts"
+    ):
+        source.names()

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import os
 import stat as stat_module
+from collections.abc import Callable
 from pathlib import Path
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.mount import mount_of
+from torchinfer.loader.retry import METADATA_POLICY, Attempts, Result
 from torchinfer.loader.source import (
     DirectUnsupportedError,
     FileStat,
@@ -93,7 +95,7 @@ class FolderSource(Source):
         self.path = Path(path)
         self.address = str(path)
         try:
-            mode = self.path.stat().st_mode
+            mode = _patiently("open", self.path, self.path.stat).st_mode
         except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
             raise CheckpointError(
                 f"{str(path)!r} does not exist; pass the folder that holds config.json and *.safetensors"
@@ -106,9 +108,12 @@ class FolderSource(Source):
         self.kind, self.is_network = mount.kind, mount.is_network
 
     def names(self) -> list[str]:
-        try:
+        def scan() -> list[str]:
             with os.scandir(self.path) as entries:
                 return sorted(entry.name for entry in entries if entry.is_file())
+
+        try:
+            return _patiently("list", self.path, scan)
         except OSError as error:
             raise _fatal("list", self.path, error) from error
 
@@ -116,7 +121,7 @@ class FolderSource(Source):
         check_inside(name)
         path = self.path / name
         try:
-            status = path.stat()
+            status = _patiently("open", path, path.stat)
         except OSError as error:
             raise _fatal("open", path, error) from error
         if not stat_module.S_ISREG(status.st_mode):
@@ -129,7 +134,7 @@ class FolderSource(Source):
 
     def is_cached(self, name: str, offset: int, num_bytes: int) -> bool:
         """By reads of single bytes that the kernel refuses when they would have to wait (preadv2(2), RWF_NOWAIT)."""
-        if not hasattr(os, "RWF_NOWAIT"):
+        if self.is_network or not hasattr(os, "RWF_NOWAIT"):  # FUSE and NFS cannot tell
             return False
         try:
             descriptor = os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC)
@@ -141,6 +146,20 @@ class FolderSource(Source):
         finally:
             _close(descriptor)
         return sum(cached) > len(cached) / 2
+
+
+def _patiently(verb: str, path: Path, call: Callable[[], Result]) -> Result:
+    """What a call of the system returns; errors that may pass are tried again, others are raised as they are."""
+
+    def attempt() -> Result:
+        try:
+            return call()
+        except OSError as error:
+            if error.errno in TRANSIENT:
+                raise TransientError(f"{error.strerror} (errno {error.errno})") from error
+            raise
+
+    return Attempts(METADATA_POLICY).call(f"{verb} {path}", attempt)
 
 
 def _close(descriptor: int) -> None:

@@ -19,6 +19,7 @@ from torchinfer.loader.source import ALIGNMENT, FileStat, Reader, Source, Transi
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -38,6 +39,9 @@ class RetryPolicy:
         """Before the next attempt, after this many in a row failed."""
         longest = min(self.max_delay, self.first_delay * 2.0 ** (failures - 1))
         return longest * random.uniform(0.5, 1.0)
+
+
+METADATA_POLICY = RetryPolicy(attempts=5, max_delay=2.0, deadline=30.0)  # of calls that bring no bytes: list, stat
 
 
 @dataclass(slots=True)
@@ -67,6 +71,17 @@ class Attempts:
                 failures += 1
                 self.num_retries += 1
                 self._wait(what, error, failures, time.monotonic() - since)
+
+    def call(self, what: str, function: Callable[[], Result]) -> Result:
+        """What `function` returns, however many attempts it takes; raises like `run`."""
+        results: list[Result] = []
+
+        def attempt() -> bool:
+            results.append(function())
+            return True
+
+        self.run(what, attempt)
+        return results[0]
 
     def _wait(self, what: str, error: TransientError, failures: int, seconds: float) -> None:
         policy = self.policy
