@@ -27,6 +27,7 @@ EXTENT_BYTES = 64 << 20  # on local storage
 NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
 NO_FILES: Mapping[str, int] = {}
+TOLERANCE = 0.25  # of an extent that a file's extents may be longer by together: better than one more, short one
 MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent: storage skips them on the same stream
 
 
@@ -166,7 +167,7 @@ def _extents(shard: str, pieces: list[Piece], extent_bytes: int) -> Iterator[Ext
     pieces.sort(key=lambda piece: piece.offset)
     gaps = [after.offset - before.end for before, after in itertools.pairwise(pieces)]
     length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= MAX_GAP_BYTES)
-    length = -(-length // max(1, -(-length // extent_bytes)))
+    length = -(-length // max(1, math.ceil(length / extent_bytes - TOLERANCE)))
     length += length // 64  # or the rounding to whole rows would leave a crumb
     group: list[Piece] = []
     for wanted in pieces:
