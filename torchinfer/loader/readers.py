@@ -89,6 +89,7 @@ class Readers:
     _done: queue.SimpleQueue[Filled | BaseException] = field(default_factory=queue.SimpleQueue)
     _condition: threading.Condition = field(default_factory=threading.Condition)
     _finished_bytes: int = 0
+    _has_waited: bool = False  # whether anything was read that was not in the page cache
     _num_unplaced: int = 0  # extents that were read and wait, or are being placed
 
     @property
@@ -138,7 +139,9 @@ class Readers:
     def _adapt(self) -> None:
         """Follow the measured rate, and replace readers that hang."""
         now = time.monotonic()
-        target = self.count.observe(now, self.num_bytes, self.attempts.num_retries)
+        if self._has_waited:  # copies out of the page cache want as many readers as processors, no more
+            self.count.observe(now, self.num_bytes, self.attempts.num_retries)
+        target = self.count.target
         with self._condition:
             for job in [job for job in self._jobs if job.last_byte and now - job.last_byte > self.stall_seconds]:
                 self._abandon(job)
@@ -228,6 +231,7 @@ class Readers:
         if not self.direct.is_given:
             job.is_cached = self.source.is_cached(extent.shard, extent.begin, extent.end - extent.begin)
         with self._condition:
+            self._has_waited |= not job.is_cached
             job.is_direct = not job.is_cached and self.direct.next()
 
     def _give_back(self, job: _Job) -> None:
