@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
 import torch
 
-from torchinfer.loader.memory import LARGE_PAGE, Staging, allocate
+from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, padded
 from torchinfer.loader.retry import Stopped
 
 GO = threading.Event()
@@ -19,6 +20,23 @@ def test_memory_is_fresh_and_of_the_right_size(num_bytes: int) -> None:
     assert memory.dtype == torch.uint8 and memory.shape == (num_bytes,)
     memory.fill_(7)
     assert num_bytes < LARGE_PAGE or memory.data_ptr() % 4096 == 0
+
+
+def test_parameters_lie_one_behind_the_other_and_do_not_overlap() -> None:
+    slabs = Slabs(0)
+    sizes = [3, 1000, 0, LARGE_PAGE, SLAB_BYTES + 1, 5, SLAB_BYTES - 100, 200]
+    found = [slabs.allocate(size) for size in sizes]
+    places = sorted((memory.data_ptr(), size) for memory, size in zip(found, sizes, strict=True) if size)
+    assert [len(memory) for memory in found] == sizes
+    assert all(memory.data_ptr() % 64 == 0 for memory in found)
+    assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(places))
+
+
+def test_slabs_are_not_larger_than_what_they_are_for() -> None:
+    slabs = Slabs(padded(1000) + padded(500))
+    first, second = slabs.allocate(1000), slabs.allocate(500)
+    assert first.untyped_storage().nbytes() == padded(1000) + padded(500)
+    assert second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
 
 
 def test_a_buffer_is_used_again() -> None:

@@ -201,7 +201,7 @@ def test_a_device_without_memory_is_a_device_error(tmp_path: Path, monkeypatch: 
     def full(num_bytes: int) -> Tensor:
         raise DeviceError("out of memory")
 
-    monkeypatch.setattr("torchinfer.loader.assembly.allocate", full)
+    monkeypatch.setattr("torchinfer.loader.memory.allocate", full)
     with pytest.raises(DeviceError, match=r"cpu has no memory for .*, \d+ bytes: out of memory; use a device"):
         load_weights(build(), checkpoint, torch.float32, CPU, progress=False)
 

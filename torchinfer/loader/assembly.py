@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchinfer.device import flush
 from torchinfer.errors import CheckpointError, DeviceError
-from torchinfer.loader.memory import allocate
+from torchinfer.loader.memory import Slabs, padded
 from torchinfer.loader.placement import Placement, dtype_name, tied_names
 from torchinfer.loader.plan import Extent, Piece
 
@@ -44,6 +44,7 @@ class Assembly:
         self._remaining = Counter(placements[piece.entry.name].parameter for piece in pieces)
         self._open: dict[str, Tensor] = {}
         self._parts: dict[str, list[tuple[int, Tensor]]] = {}  # XLA: (first of the parameter's values, the values)
+        self._slabs = Slabs(sum(padded(self._num_bytes(parameter)) for parameter in self._remaining))
         self._lock = threading.Lock()
 
     def place_of(self, piece: Piece) -> Tensor | None:
@@ -116,6 +117,9 @@ class Assembly:
         empty = self._empty[parameter]
         return self._dtype if isinstance(empty, nn.Parameter) and empty.is_floating_point() else empty.dtype
 
+    def _num_bytes(self, parameter: str) -> int:
+        return math.prod(self._empty[parameter].shape) * self._dtype_of(parameter).itemsize
+
     def _destination(self, piece: Piece) -> Tensor:
         """The view of the parameter that the piece fills; the parameter is allocated when it is first asked for."""
         placement = self._placements[piece.entry.name]
@@ -129,11 +133,10 @@ class Assembly:
         return part[piece.first_row - first : piece.last_row - first]
 
     def _allocate(self, parameter: str) -> Tensor:
-        shape, dtype = self._empty[parameter].shape, self._dtype_of(parameter)
-        num_bytes = math.prod(shape) * dtype.itemsize
+        shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
         try:
             if self._device.type == "cpu" and num_bytes:
-                return allocate(num_bytes).view(dtype).view(shape)
+                return self._slabs.allocate(num_bytes).view(dtype).view(shape)
             return torch.empty(shape, dtype=dtype, device=self._device)
         except (RuntimeError, DeviceError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
             raise DeviceError(

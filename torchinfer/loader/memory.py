@@ -13,6 +13,8 @@ from torchinfer.errors import DeviceError
 from torchinfer.loader.retry import Stopped
 
 LARGE_PAGE = 2 << 20
+SLAB_BYTES = 512 << 20
+PARAMETER_ALIGNMENT = 64
 
 
 def allocate(num_bytes: int) -> Tensor:
@@ -29,6 +31,30 @@ def allocate(num_bytes: int) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+@dataclass(slots=True)
+class Slabs:
+    """Memory for parameters, one behind the other in slabs: by itself each would end in small pages. A slab is freed
+    with the last tensor in it."""
+
+    expected: int  # bytes that all parameters take, `padded`; slabs are not larger than what is left of it
+    _slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _used: int = 0
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], aligned for every dtype and instruction; raises like `allocate`."""
+        if self._used + num_bytes > len(self._slab):
+            self._slab, self._used = allocate(max(num_bytes, min(SLAB_BYTES, self.expected))), 0
+        start, size = self._used, padded(num_bytes)
+        self._used += size
+        self.expected -= size
+        return self._slab[start : start + num_bytes]
+
+
+def padded(num_bytes: int) -> int:
+    """What a parameter takes of a slab."""
+    return -(-num_bytes // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
 
 
 @dataclass(slots=True)
