@@ -19,7 +19,6 @@ from torchinfer.loader.source import ALIGNMENT, FileStat, Reader, Source, Transi
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Result = TypeVar("Result")
 
 
 class Stopped(Exception):
