@@ -11,7 +11,13 @@ import torch
 
 from torchinfer import kernels
 from torchinfer.config import EngineConfig
-from torchinfer.device import DEFAULT_CACHE_SHARE, bound_cpu_caches, free_memory_bytes, resolve_device
+from torchinfer.device import (
+    DEFAULT_CACHE_SHARE,
+    bound_cpu_caches,
+    free_memory_bytes,
+    keep_compiled_programs,
+    resolve_device,
+)
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
@@ -44,6 +50,8 @@ def start_engine(config: EngineConfig) -> Engine:
     device = resolve_device(config.device)
     if device.type == "cpu":
         bound_cpu_caches()
+    if device.type == "xla" and config.compile_cache is not None:
+        keep_compiled_programs(Path(config.compile_cache))
     dtype = _resolve_dtype(config.dtype, checkpoint.config)
     tokenizer = load_tokenizer(config.model)
     model = load_model(
@@ -110,7 +118,6 @@ def _runner(
         table_width=-(-max_model_len // config.page_size),
         max_num_requests=config.max_num_requests,
         max_num_tokens=config.max_num_batched_tokens,
-        compile_cache=config.compile_cache,
     )
 
 

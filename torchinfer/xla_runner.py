@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from torchinfer.device import count_compilations, keep_compiled_programs, mark_as_donated, synchronize
+from torchinfer.device import count_compilations, mark_as_donated, synchronize
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
 from torchinfer.request import MAX_LOGPROBS
@@ -65,10 +64,7 @@ class XlaRunner:
         table_width: int,
         max_num_requests: int,
         max_num_tokens: int,
-        compile_cache: str | Path | None,
     ) -> None:
-        if compile_cache is not None:
-            keep_compiled_programs(Path(compile_cache))
         self._model = model
         self._kv_caches = kv_caches
         self._page_size = page_size
