@@ -20,6 +20,7 @@ ENGINE_FLAGS = {
     "model": ("--model m", "m"),
     "device": ("--device cpu", "cpu"),
     "dtype": ("--dtype float16", "float16"),
+    "quantization": ("--quantization *.mlp.*=int4 --quantization int8", {"*.mlp.*": "int4", "*": "int8"}),
     "max_model_len": ("--max-model-len 99", 99),
     "max_num_requests": ("--max-concurrent 7", 7),
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
@@ -83,6 +84,11 @@ def test_every_option_has_a_flag_that_sets_it(command, flags, given):
     arguments = build_parser().parse_args([command, *model, *words])
     assert flags.values(arguments) == {name: value for name, (_, value) in given.items()}
     assert list(given) == [option.name for option in fields(flags.kind)]
+
+
+def test_a_scheme_without_a_pattern_is_for_the_whole_model():
+    arguments = build_parser().parse_args(["generate", "--model", "m", "--quantization", "int8"])
+    assert ENGINE.values(arguments)["quantization"] == "int8"
 
 
 def test_flags_that_are_not_given_leave_the_defaults_alone():

@@ -56,12 +56,13 @@ LAYERS = (
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),
     ("torchinfer.models",),
+    ("torchinfer.quantization",),
     ("torchinfer.kernels",),
     BACKENDS,
     ("torchinfer.engine_info",),
     ("torchinfer.fake_gcs_objects",),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
-    ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.weight_map"),
+    ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.quantized_weight", "torchinfer.weight_map"),
 )
 
 
@@ -135,9 +136,12 @@ def torch_where_it_is_not_needed(imports: list[Import]) -> list[Import]:
 def imports_of_the_library_by_backends(imports: list[Import]) -> list[Import]:
     def is_allowed(found: Import) -> bool:
         backend = next(name for name in BACKENDS if is_in(found.of, (name,)))
-        if found.is_typing_only and found.module == "torchinfer.batch":
+        if found.is_typing_only and found.module in ("torchinfer.batch", "torchinfer.quantized_weight"):
             return True
-        return not is_in(found.module, ("torchinfer",)) or is_in(found.module, (backend,))
+        # A port may build upon the reference, never upon another port.
+        return not is_in(found.module, ("torchinfer",)) or is_in(
+            found.module, (backend, "torchinfer.kernels.reference")
+        )
 
     return [found for found in imports if is_in(found.of, BACKENDS) and not is_allowed(found)]
 
@@ -173,7 +177,7 @@ RULES = {
     imports_of_the_library_by_backends: [
         ("torchinfer.kernels.reference.rms_norm", "torchinfer.config"),
         ("torchinfer.kernels.reference.paged_attention", "torchinfer.batch"),
-        ("torchinfer.kernels.tpu.paged_attention", "torchinfer.kernels.reference.paged_attention"),
+        ("torchinfer.kernels.reference.paged_attention", "torchinfer.kernels.tpu.paged_attention"),
     ],
     backends_past_the_door: [("torchinfer.models.layers", "torchinfer.kernels.reference.rms_norm")],
     upward: [

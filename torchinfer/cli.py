@@ -32,6 +32,9 @@ ENGINE = FlagSet(
         "model": "folder of a Hugging Face checkpoint",
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
         "dtype": "of weights and activations; auto: the checkpoint's",
+        "quantization": "weights, while they are loaded: int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, "
+        "int4_g32, none; with a pattern such as 'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, "
+        "the first that fits counts (default: as they are)",
         "max_model_len": "tokens of prompt and output together (default: the model's context)",
         "max_num_requests": "requests running at once, samples counted",
         "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
@@ -102,6 +105,7 @@ GENERATE_EXAMPLES = """examples:
 
 SERVE_EXAMPLES = """examples:
   torchinfer serve --model path/to/checkpoint
+  torchinfer serve --model path/to/checkpoint --quantization int8
   torchinfer serve --model path/to/checkpoint --port 9001 --max-concurrent 128 --max-queue 256
   torchinfer serve --model path/to/checkpoint --tls-cert server.pem --tls-key server.key --tls-client-ca ca.pem
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ DEVICES = ("auto", "cpu", "cuda", "xla")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 MOE_MODES = ("dropless", "capacity")
 
-
 SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each
 Size = int  # bytes; the command line takes 2GiB
+# A scheme for all matrices, or for those whose names in the checkpoint fit a pattern: loader/schemes.py
+Quantization = str | Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,7 @@ class EngineConfig:
     model: str | Path  # folder of a Hugging Face checkpoint
     device: str = "auto"  # the first of xla, cuda, cpu that is there
     dtype: str = "auto"  # the checkpoint's
+    quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's context
     max_num_requests: int = 64  # running at once, samples counted
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest

@@ -47,7 +47,8 @@ class FlagSet:
             for option in fields(self.kind)
             if (name := self._destination(option.name)) in given
         }
-        return {name: dict(value) if name == "logit_bias" else value for name, value in found.items()}
+        together = {"logit_bias": dict, "quantization": quantization}  # of values that were given one by one
+        return {name: together[name](value) if name in together else value for name, value in found.items()}
 
     def _destination(self, name: str) -> str:
         """Fields of two dataclasses may have the same name in one command."""
@@ -77,6 +78,14 @@ def bias(text: str) -> tuple[int, float]:
     return int(token_id), float(number)
 
 
+def quantization(values: Sequence[str]) -> str | dict[str, str]:
+    """SCHEME, or PATTERN=SCHEME several times; SCHEME among them is for all that no earlier pattern fits."""
+    if len(values) == 1 and "=" not in values[0]:
+        return values[0]
+    pairs = [value.rpartition("=") for value in values]
+    return {pattern or "*": scheme for pattern, _, scheme in pairs}
+
+
 def _argument(convert: Callable[[str], object], metavar: str, **more: object) -> dict[str, Any]:
     return {"type": convert, "metavar": metavar, **more}
 
@@ -96,6 +105,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "bool | None": {"action": argparse.BooleanOptionalAction},
     "tuple[str, ...]": _argument(str, "TEXT", action="append"),
     "tuple[int, ...]": _argument(int, "ID", action="append"),
+    "Quantization | None": _argument(str, "[PATTERN=]SCHEME", action="append"),
     "Mapping[int, float]": _argument(bias, "ID=BIAS", action="append"),
 }
 

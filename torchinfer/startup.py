@@ -60,6 +60,7 @@ def start_engine(config: EngineConfig) -> Engine:
         dtype,
         device,
         options=LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify),
+        quantization=config.quantization,
         moe_mode=config.moe_mode,
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
@@ -73,7 +74,7 @@ def start_engine(config: EngineConfig) -> Engine:
     info = ModelInfo(
         name=Path(config.model).resolve().name,
         architecture=model_config.architecture,
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=model.num_parameters(),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         dtype=str(dtype).removeprefix("torch."),

@@ -252,7 +252,7 @@ def place_transformed(folder: Path) -> Placement:
     with torch.device("meta"):
         placements, _ = place(build_model(config), checkpoint.tensors)
     placement = placements["model.embed_tokens.weight"]
-    return replace(placement, target=replace(placement.target, transform=torch.neg))
+    return replace(placement, convert=torch.neg)
 
 
 def test_an_exchange_that_was_asked_for_needs_a_group(folders: dict[str, Path]) -> None:

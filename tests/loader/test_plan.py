@@ -12,7 +12,6 @@ from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import Cut, Placement
 from torchinfer.loader.plan import MAX_GAP_BYTES, SMALLEST_EXTENT_BYTES, check_fits, extent_bytes, plan_extents
-from torchinfer.weight_map import Target
 
 MIB = 1 << 20
 
@@ -28,7 +27,7 @@ def entries(*shapes: tuple[int, ...], shard: str = "s") -> dict[str, TensorEntry
 
 
 def whole(tensors: dict[str, TensorEntry], cut: Cut | None = None) -> dict[str, Placement]:
-    return {name: Placement(name, Target(name), None, None, cut) for name in tensors}
+    return {name: Placement(name, cut=cut) for name in tensors}
 
 
 def test_neighbours_share_an_extent_and_large_tensors_have_several() -> None:
@@ -81,7 +80,7 @@ def test_far_pieces_are_not_in_one_extent() -> None:
 
 def test_a_tensor_with_a_transform_is_one_piece() -> None:
     tensors = entries((1000, 1100))
-    placements = {"s0": Placement("p", Target("p", transform=torch.neg), None, None)}
+    placements = {"s0": Placement("p", convert=torch.neg)}
     (extent,) = plan_extents(placements, tensors, MIB)
     assert len(extent.pieces) == 1
     check_fits([extent], 6 * MIB)

@@ -24,7 +24,6 @@ from torchinfer.loader.readers import Readers
 from torchinfer.loader.retry import Attempts, RetryPolicy
 from torchinfer.loader.source import DirectUnsupportedError, TransientError
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
-from torchinfer.weight_map import Target
 
 QUICK = RetryPolicy(attempts=4, first_delay=0.001, max_delay=0.002)
 Faulty = Callable[..., Any]
@@ -48,7 +47,7 @@ def headers(source: Any) -> dict[str, TensorEntry]:
 def make_readers(source: Any, places: dict[str, Tensor], *, num_readers: int = 3, direct: bool = False) -> Readers:
     """Readers of all tensors of two shards, in extents of 5,000 bytes; what `places` names is read into it."""
     entries = headers(source)
-    extents = plan_extents({n: Placement(n, Target(n), None, None) for n in entries}, entries, 5000)
+    extents = plan_extents({n: Placement(n) for n in entries}, entries, 5000)
 
     def place_of(piece: Piece) -> Tensor | None:
         name = piece.entry.name

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchinfer.batch import Batch
+from torchinfer.quantized_weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ PORTS: dict[str, tuple[str, ...]] = {
     "write_kv_pages": (),
     "paged_attention": ("tpu",),
     "grouped_matmul": ("tpu",),
+    "quantized_matmul": (),
+    "dequantize": (),
 }
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
 
@@ -108,10 +111,25 @@ def paged_attention(
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor, group_sizes: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight, group_sizes: Tensor) -> Tensor:
     """x's rows, sorted by group, each times the transposed weight of its group.
 
     x: [N, I]; weight: [E, O, I]; group_sizes: [E] int32 with sum at most N; rows past the sum return zeros.
     Returns [N, O]. Source: arXiv 2211.15841.
     """
     return _port("grouped_matmul", x)(x, weight, group_sizes)
+
+
+def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """x times the transposed quantized matrix.
+
+    x: [N, I], finite; weight: [O, I]. Where the weight asks for quantized activations, each row of x is rounded to
+    nearest by its largest value, or by the weight's input_scale; integers are summed in int32, all else in float32.
+    Returns [N, O] in x's dtype. Source: arXiv 2208.07339 (per token and channel), 2209.05433 (e4m3).
+    """
+    return _port("quantized_matmul", x)(x, weight)
+
+
+def dequantize(weight: QuantizedWeight) -> Tensor:
+    """The numbers that a quantized matrix stands for: float32 [O, I]."""
+    return _port("dequantize", weight.values)(weight)

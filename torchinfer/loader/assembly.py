@@ -1,5 +1,7 @@
 """Parameters that are being filled, piece by piece, on any device.
 
+A tensor that is quantized on the way fills several tensors of its matrix, with rows in each.
+
 cpu     read straight into the parameter where dtype and layout allow, else converted from staging memory
 cuda    copied from pinned staging memory on the current stream; converted on the device
 xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torchinfer.device import flush
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader.memory import Slabs, padded
-from torchinfer.loader.placement import Placement, dtype_name, tied_names
+from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
+from torchinfer.quantization import QuantizedMatrix
 
 
 class Assembly:
@@ -40,11 +43,17 @@ class Assembly:
         self._model, self._placements, self._dtype, self._device = model, placements, dtype, device
         self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._tied = {name: names for names in tied_names(self._empty) for name in names}
+        # Parameter of a placement -> the tensors that it is filled with, where that is not itself.
+        self._tensors = {
+            name: [f"{name}.{tensor}" for tensor in matrix.specs] for name, matrix in packed_matrices(model).items()
+        }
         pieces = (piece for extent in extents for piece in extent.pieces if not piece.is_filler)
         self._remaining = Counter(placements[piece.entry.name].parameter for piece in pieces)
         self._open: dict[str, Tensor] = {}
         self._parts: dict[str, list[tuple[int, Tensor]]] = {}  # XLA: (first of the parameter's values, the values)
-        self._slabs = Slabs(sum(padded(self._num_bytes(parameter)) for parameter in self._remaining))
+        self._scales = _scales(model)
+        tensors = [tensor for parameter in self._remaining for tensor in self._tensors_of(parameter)]
+        self._slabs = Slabs(sum(padded(self._num_bytes(tensor)) for tensor in tensors))
         self._lock = threading.Lock()
 
     def place_of(self, piece: Piece) -> Tensor | None:
@@ -52,13 +61,13 @@ class Assembly:
         if piece.is_filler:
             return None
         placement = self._placements[piece.entry.name]
-        if self._device.type != "cpu" or placement.target.transform is not None:
+        if self._device.type != "cpu" or placement.convert is not None or placement.matrix is not None:
             return None
         if placement.cut is not None and placement.cut.dim != 0:
             return None
         if self._dtype_of(placement.parameter) != piece.entry.dtype:
             return None
-        return self._destination(piece).reshape(-1).view(torch.uint8)
+        return self._destination(placement.parameter, piece).reshape(-1).view(torch.uint8)
 
     def put(self, piece: Piece, content: Tensor, is_part: bool = False) -> None:
         """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`.
@@ -73,16 +82,18 @@ class Assembly:
         value = content.view(piece.entry.dtype).view(shape)
         if self._device.type == "cuda":
             value = value.to(self._device, non_blocking=True)
-        _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
-        if placement.target.transform is not None:
-            value = placement.target.transform(value)
-            assert value.shape == piece.shape, f"the transform of {piece.entry.name} changes its shape"
+        if placement.convert is not None:
+            value = placement.convert(value)
         if cut is not None and not is_part:
             value = value.narrow(cut.dim, cut.start, cut.stop - cut.start)
-        if self._device.type == "xla":
-            self._send(piece, value)
-        else:
-            self._destination(piece).copy_(value, non_blocking=True)
+        if placement.matrix is None:
+            _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
+            self._place(placement.parameter, piece, value)
+            return
+        for tensor, packed in placement.matrix.scheme.pack(value).items():
+            block = placement.matrix.specs[tensor].row_block
+            assert block is not None, "what belongs to no rows cannot be packed in rows"
+            self._place(f"{placement.parameter}.{tensor}", piece, packed, block)
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
@@ -92,7 +103,8 @@ class Assembly:
             parameter = self._placements[piece.entry.name].parameter
             self._remaining[parameter] -= 1
             if self._remaining[parameter] == 0:
-                self._assign(parameter, self._take(parameter))
+                for tensor in self._tensors_of(parameter):
+                    self._assign(tensor, self._take(tensor))
 
     def wait(self) -> None:
         """Until all that was put has left the host's memory."""
@@ -105,7 +117,8 @@ class Assembly:
         """Assign parameters without values and move the buffers that no checkpoint has; see that nothing is left."""
         filled = {placement.parameter for placement in self._placements.values()}
         for parameter in filled - self._remaining.keys():
-            self._assign(parameter, torch.empty(self._empty[parameter].shape, dtype=self._dtype_of(parameter)))
+            for tensor in self._tensors_of(parameter):
+                self._assign(tensor, torch.empty(self._empty[tensor].shape, dtype=self._dtype_of(tensor)))
         assert not self._open and not any(self._remaining.values()), "place() lists every tensor"
         for module in self._model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -120,17 +133,27 @@ class Assembly:
     def _num_bytes(self, parameter: str) -> int:
         return math.prod(self._empty[parameter].shape) * self._dtype_of(parameter).itemsize
 
-    def _destination(self, piece: Piece) -> Tensor:
-        """The view of the parameter that the piece fills; the parameter is allocated when it is first asked for."""
+    def _tensors_of(self, parameter: str) -> list[str]:
+        return self._tensors.get(parameter, [parameter])
+
+    def _place(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1) -> None:
+        """Bring a piece's numbers to their rows of a tensor, which has one for `row_block` rows of the piece."""
+        if self._device.type == "xla":
+            self._send(tensor, piece, value, row_block)
+        else:
+            self._destination(tensor, piece, row_block).copy_(value, non_blocking=True)
+
+    def _destination(self, tensor: str, piece: Piece, row_block: int = 1) -> Tensor:
+        """The view of the tensor that the piece fills; it is allocated when it is first asked for."""
         placement = self._placements[piece.entry.name]
         with self._lock:
-            if placement.parameter not in self._open:
-                self._open[placement.parameter] = self._allocate(placement.parameter)
-            part = placement.part(self._open[placement.parameter])
-        if not piece.entry.shape or placement.target.transform is not None:
+            if tensor not in self._open:
+                self._open[tensor] = self._allocate(tensor)
+            part = placement.part(self._open[tensor], row_block)
+        if not piece.entry.shape or placement.convert is not None:
             return part
         first = placement.rows_of(piece.entry.shape)[0]
-        return part[piece.first_row - first : piece.last_row - first]
+        return part[(piece.first_row - first) // row_block : -(-(piece.last_row - first) // row_block)]
 
     def _allocate(self, parameter: str) -> Tensor:
         shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
@@ -144,15 +167,19 @@ class Assembly:
                 "memory, a smaller dtype, or a smaller model"
             ) from error
 
-    def _send(self, piece: Piece, value: Tensor) -> None:
+    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int) -> None:
         """Keep a piece on the XLA device. It is copied on the host first, because the transfer may read it later."""
         placement = self._placements[piece.entry.name]
-        host = value.to(self._dtype_of(placement.parameter), copy=True).contiguous()
-        numbers = torch.arange(self._empty[placement.parameter].numel(), device="meta")
-        destination = placement.part(numbers.view(self._empty[placement.parameter].shape))
+        host = value.to(self._dtype_of(tensor), copy=True).contiguous()
+        if tensor in self._scales:
+            _check_scale(tensor, host)
+        numbers = torch.arange(self._empty[tensor].numel(), device="meta")
+        destination = placement.part(numbers.view(self._empty[tensor].shape), row_block)
         first = int(destination.storage_offset())
-        first += (piece.first_row - _first_row(placement, piece)) * math.prod(destination.shape[1:])
-        self._parts.setdefault(placement.parameter, []).append((first, host.view(-1).to(self._device)))
+        if placement.convert is None:
+            rows = piece.first_row - _first_row(placement, piece)
+            first += rows // row_block * math.prod(destination.shape[1:])
+        self._parts.setdefault(tensor, []).append((first, host.view(-1).to(self._device)))
 
     def _take(self, parameter: str) -> Tensor:
         if self._device.type != "xla":
@@ -161,6 +188,8 @@ class Assembly:
         return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self._empty[parameter].shape)
 
     def _assign(self, parameter: str, value: Tensor) -> None:
+        if parameter in self._scales and self._device.type != "xla":
+            _check_scale(parameter, value)
         value = value.to(self._device)
         if isinstance(self._empty[parameter], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
@@ -183,4 +212,21 @@ def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise CheckpointError(
             f"tensor {name!r} has values from {low} to {high}; float16 holds {-limit} to {limit}: use dtype bfloat16 "
             f"or float32 (the checkpoint has {dtype_name(tensor.dtype)})"
+        )
+
+
+def _scales(model: nn.Module) -> set[str]:
+    matrices = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+    return {f"{name}.{tensor}" for name in matrices for tensor in ("scale", "input_scale")}
+
+
+def _check_scale(tensor: str, scale: Tensor) -> None:
+    """Refuse scales that turn weights into what is not finite, or into nothing."""
+    if not scale.numel():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(scale))  # NaN if there is one
+    if not (low > 0 and high < math.inf):
+        raise CheckpointError(
+            f"{tensor} has scales from {low} to {high}, but they must be positive and finite: the checkpoint has "
+            "numbers that are not finite, or was quantized wrongly; take another copy of it"
         )

@@ -1,5 +1,8 @@
 """Which checkpoint tensor fills which part of which parameter, and what does not fit; no data is read.
 
+A quantized matrix counts as one parameter, of the shape that it stands for, where it is quantized on the way; as its
+tensors, `<parameter>.values` and so on, where the checkpoint has them.
+
 The tables are the model's (torchinfer/weight_map.py). A model's expected names come from its parameters: a pattern
 whose parameter a layer does not have (a bias, experts) expects nothing there.
 """
@@ -7,14 +10,17 @@ whose parameter a layer does not have (a bias, experts) expects nothing there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted, shorten
+from torchinfer.quantization import QuantizedMatrix
 from torchinfer.weight_map import Target
 
 NUMBER = "0|[1-9][0-9]*"
@@ -57,16 +63,26 @@ class Placement:
     """Where one checkpoint tensor goes: a whole parameter, or rows of it, of one expert or of all there is."""
 
     parameter: str
-    target: Target
-    expert: int | None
-    rows: slice | None
+    expert: int | None = None
+    rows: slice | None = None
     cut: Cut | None = None  # None: the tensor as a whole
+    matrix: QuantizedMatrix | None = None  # that `parameter` is, and whose scheme the tensor is packed by
+    convert: Callable[[Tensor], Tensor] | None = None  # what must see the whole tensor before it is placed
+    shape: tuple[int, ...] | None = None  # of the tensor; None: that of the part
+    dtypes: tuple[torch.dtype, ...] = ()  # of the tensor; empty: those that the parameter's can be made of
 
-    def part(self, parameter: Tensor) -> Tensor:
-        """The view of the parameter that the tensor fills."""
+    def part(self, parameter: Tensor, row_block: int = 1) -> Tensor:
+        """The view of the parameter that the tensor fills; of another one that has a row for `row_block` of its."""
         if self.expert is not None:
             parameter = parameter[self.expert]
-        return parameter if self.rows is None else parameter[self.rows]
+        if self.rows is None:
+            return parameter
+        return parameter[self.rows.start // row_block : -(-self.rows.stop // row_block)]
+
+    @property
+    def row_block(self) -> int:
+        """Rows that must be placed together."""
+        return self.matrix.scheme.row_block if self.matrix is not None else 1
 
     def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """First and last + 1 of the rows of the checkpoint tensor that must be read. A row is read as a whole, also
@@ -86,8 +102,8 @@ def place(
     A parameter with two names (tied) is filled from the first of them that the checkpoint has; the other's tensors
     are known and left out.
     """
-    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    expected = _expected(model, state)
+    state = parameters_of(model)
+    expected = expected_tensors(model)
     chosen: dict[str, Placement] = {}
     missing: list[str] = []
     for names in tied_names(state):
@@ -119,30 +135,84 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _expected(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, dict[str, Placement]]:
-    """Parameter -> checkpoint name -> placement."""
-    table: Mapping[str, Target] = model.CHECKPOINT  # type: ignore[assignment]
-    patterns = [(_regex(target.parameter), name, target) for name, target in table.items()]
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """What is filled, by name: the state dict, but for quantized matrices that are packed on the way: those are one
+    tensor, on meta, of the shape and dtype of what is packed."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, matrix in packed_matrices(model).items():
+        for tensor in matrix.specs:
+            del state[f"{name}.{tensor}"]
+        state[name] = torch.empty(matrix.shape, device="meta")
+    return state
+
+
+def packed_matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
+    """The matrices that are quantized while they are loaded, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+    return {name: matrix for name, matrix in found.items() if not matrix.sources}
+
+
+def expected_tensors(model: nn.Module) -> dict[str, dict[str, Placement]]:
+    """Parameter -> checkpoint name -> placement, of everything that CHECKPOINT names."""
+    state = parameters_of(model)
     expected: dict[str, dict[str, Placement]] = {parameter: {} for parameter in state}
-    for parameter, tensor in state.items():
-        for regex, pattern, target in patterns:
-            if match := regex.fullmatch(parameter):
-                rows = _rows(model, parameter, target)
-                for name, expert in _names(pattern, match.groupdict(), tensor):
-                    expected[parameter][name] = Placement(parameter, target, expert, rows)
-        filled = sum(placement.part(tensor).numel() for placement in expected[parameter].values())
-        assert filled in (0, tensor.numel()), f"CHECKPOINT and slots of {parameter} fill {filled} of {tensor.numel()}"
+    for name, placement in _all_placements(model, state):
+        expected[placement.parameter][name] = placement
+    for parameter, placements in expected.items():
+        filled, size = sum(p.part(state[parameter]).numel() for p in placements.values()), state[parameter].numel()
+        assert filled in (0, size), f"CHECKPOINT and slots of {parameter} fill {filled} of {size}"
     return expected
 
 
-def _names(pattern: str, numbers: Mapping[str, str], parameter: Tensor) -> Iterator[tuple[str, int | None]]:
+def _all_placements(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Placement]]:
+    table: Mapping[str, Target] = model.CHECKPOINT  # type: ignore[assignment]
+    patterns = [(_regex(target.parameter), name, target) for name, target in table.items()]
+    matrices = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+    shapes = {name: tensor.shape for name, tensor in state.items() if name.rpartition(".")[0] not in matrices}
+    for parameter, shape in {**shapes, **{name: matrix.shape for name, matrix in matrices.items()}}.items():
+        matrix = matrices.get(parameter)
+        for regex, pattern, target in patterns:
+            if match := regex.fullmatch(parameter):
+                rows = _rows(model, parameter, target)
+                for name, expert in _names(pattern, match.groupdict(), shape):
+                    placement = Placement(parameter, expert, rows, matrix=matrix, convert=target.transform)
+                    if matrix is not None and matrix.sources:
+                        yield from _sources(name, placement, matrix)
+                    else:
+                        yield name, placement
+
+
+def _sources(name: str, placement: Placement, matrix: QuantizedMatrix) -> Iterator[tuple[str, Placement]]:
+    """The tensors that a checkpoint which comes quantized has in place of `name`."""
+    assert placement.convert is None, f"{name}: a tensor that is reordered cannot come quantized"
+    rows = placement.rows or slice(0, matrix.shape[-2])
+    part = [0, *accumulate(matrix.part_rows)].index(rows.start)
+    for source in matrix.sources:
+        spec = matrix.specs[source.tensor]
+        block = spec.row_block
+        own = slice(part, part + 1) if block is None else slice(rows.start // block, -(-rows.stop // block))
+        shape = (own.stop - own.start, *spec.shape[1:])
+        yield (
+            name.removesuffix(".weight") + source.suffix,
+            Placement(
+                f"{placement.parameter}.{source.tensor}",
+                placement.expert,
+                own,
+                convert=partial(source.convert, shape=shape) if source.convert is not None else None,
+                shape=source.shape(rows.stop - rows.start, matrix.shape[-1]) if source.shape is not None else None,
+                dtypes=source.dtypes,
+            ),
+        )
+
+
+def _names(pattern: str, numbers: Mapping[str, str], shape: tuple[int, ...]) -> Iterator[tuple[str, int | None]]:
     """The checkpoint names that a pattern means for one parameter: one, or one for each expert."""
     for placeholder, number in numbers.items():
         pattern = pattern.replace(f"{{{placeholder}}}", number)
     if "{expert}" not in pattern:
         yield pattern, None
         return
-    for expert in range(parameter.shape[0]):
+    for expert in range(shape[0]):
         yield pattern.replace("{expert}", str(expert)), expert
 
 
@@ -174,7 +244,7 @@ def _with_cut(placement: Placement, state: Mapping[str, Tensor], entry: TensorEn
     is found to be of the wrong shape."""
     local, full = tuple(placement.part(state[placement.parameter]).shape), entry.shape
     differing = [dim for dim, (a, b) in enumerate(zip(local, full, strict=False)) if a != b]
-    if shard.world == 1 or len(local) != len(full) or len(differing) != 1 or placement.target.transform is not None:
+    if shard.world == 1 or len(local) != len(full) or len(differing) != 1 or placement.convert is not None:
         return placement
     dim = differing[0]
     num_parts, rest = divmod(full[dim], max(local[dim], 1))
@@ -189,12 +259,16 @@ def _unfit(
     shapes, dtypes = [], []
     for name, placement in chosen.items():
         parameter, entry = state[placement.parameter], tensors[name]
-        shape = list(placement.part(parameter).shape)
+        shape = list(placement.shape or placement.part(parameter).shape)
         if placement.cut:
             shape[placement.cut.dim] = entry.shape[placement.cut.dim]
         if shape != list(entry.shape):
             shapes.append(f"{quoted(name)} has {list(entry.shape)}, the model needs {shape}")
-        if parameter.is_floating_point() and entry.dtype not in LOADABLE:
+        if placement.dtypes:
+            if entry.dtype not in placement.dtypes:
+                needed = " or ".join(map(dtype_name, placement.dtypes))
+                dtypes.append(f"{quoted(name)} has {dtype_name(entry.dtype)}, {needed} is needed")
+        elif parameter.is_floating_point() and entry.dtype not in LOADABLE:
             dtypes.append(
                 f"{quoted(name)} has {dtype_name(entry.dtype)}, float16, bfloat16, float32 or float64 is needed"
             )

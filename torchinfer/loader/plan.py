@@ -41,13 +41,15 @@ class Piece:
     offset: int  # in the file, bytes
     num_bytes: int
     is_divisible: bool = True
+    row_block: int = 1  # rows that stay together, counted from the first one
 
     def split(self, num_bytes: int) -> tuple[Piece | None, Piece | None]:
-        """As many rows as fit into `num_bytes`, and the others; None where that is nothing."""
+        """As many blocks of rows as fit into `num_bytes`, and the others; None where that is nothing."""
         if self.num_bytes <= num_bytes:
             return self, None
         row_bytes = self.num_bytes // (self.last_row - self.first_row)
-        rows = max(0, num_bytes) // row_bytes if self.is_divisible else 0
+        blocks = max(0, num_bytes) // (row_bytes * self.row_block) if self.is_divisible else 0
+        rows = blocks * self.row_block
         if rows == 0:
             return None, self
         row, cut = self.first_row + rows, rows * row_bytes
@@ -57,6 +59,13 @@ class Piece:
     @property
     def end(self) -> int:
         return self.offset + self.num_bytes
+
+    @property
+    def smallest_bytes(self) -> int:
+        """Of what `split` can take off."""
+        if not self.is_divisible:
+            return self.num_bytes
+        return min(self.num_bytes, self.num_bytes // (self.last_row - self.first_row) * self.row_block)
 
     @property
     def is_filler(self) -> bool:
@@ -102,7 +111,7 @@ def plan_extents(
 ) -> list[Extent]:
     """All that these placements need, each byte once, in extents of at most about `extent_bytes`.
 
-    A tensor with a transform is one piece, whatever its size, because the transform must see all of it. Of
+    A tensor that is converted as a whole is one piece, whatever its size. Of
     `whole_files` (name -> bytes) everything else is read too, as filler.
     """
     by_shard: dict[str, list[Piece]] = {shard: [] for shard in whole_files}
@@ -144,11 +153,12 @@ def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> N
 
 def _wanted(entry: TensorEntry, placement: Placement) -> Piece:
     """What is needed of a tensor, as one piece."""
-    if not entry.shape or placement.target.transform is not None:
+    if not entry.shape or placement.convert is not None:
         return Piece(entry, 0, entry.shape[0] if entry.shape else 1, entry.offset, entry.num_bytes, is_divisible=False)
     row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
     first, last = placement.rows_of(entry.shape)
-    return Piece(entry, first, last, entry.offset + first * row_bytes, (last - first) * row_bytes)
+    num_bytes = (last - first) * row_bytes
+    return Piece(entry, first, last, entry.offset + first * row_bytes, num_bytes, row_block=placement.row_block)
 
 
 def _fillers(shard: str, pieces: list[Piece], size: int) -> list[Piece]:
@@ -176,7 +186,8 @@ def _extents(shard: str, pieces: list[Piece], extent_bytes: int) -> Iterator[Ext
             if group and rest.offset - group[-1].end > MAX_GAP_BYTES:
                 yield Extent(shard, tuple(group))
                 group = []
-            head, tail = rest.split(length - (rest.offset - group[0].offset if group else 0))
+            left = length - (rest.offset - group[0].offset) if group else max(length, rest.smallest_bytes)
+            head, tail = rest.split(left)
             if head is None and group:
                 yield Extent(shard, tuple(group))
                 group = []

@@ -83,7 +83,7 @@ def plan_shared(
     """What several processes need, in extents of about `block_bytes`. The owner of each is the holder that has the
     least to read until then.
 
-    Tensors with a transform are left out: it must see the whole tensor.
+    Tensors that are converted as a whole are left out.
     """
     by_holders: dict[tuple[int, ...], dict[str, Placement]] = {}
     for name, placement in placements.items():
@@ -102,7 +102,7 @@ def plan_shared(
 
 def _holders(placement: Placement, entry: TensorEntry, world: int, smallest_bytes: int) -> list[tuple[int, ...]]:
     """The processes that need the same rows of a tensor, for each part of its rows; empty where none share any."""
-    if placement.target.transform is not None or not entry.shape or not entry.num_bytes:
+    if placement.convert is not None or not entry.shape or not entry.num_bytes:
         return []
     if column_cut(placement) is None and entry.num_bytes < smallest_bytes:
         return []

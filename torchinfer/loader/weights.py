@@ -24,6 +24,7 @@ from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import WHOLE, Placement, Shard, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
 from torchinfer.loader.readers import Readers
+from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models import build_model
@@ -85,19 +86,22 @@ def load_model(
     device: torch.device,
     *,
     options: LoadOptions = LoadOptions(),
+    quantization: str | Mapping[str, str] | None = None,
     moe_mode: str = "dropless",
     moe_capacity_factor: float = 1.25,
     progress: bool = False,
 ) -> Decoder:
-    """Build the model of a config and fill it.
+    """Build the model of a config and fill it; `quantization` is what schemes.py says.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model, with all that does not; or it cannot be read.
-        ConfigError: `moe_mode` does not fit the model, or the load memory is too little for a tensor.
+        ConfigError: `moe_mode` or `quantization` do not fit the model, or the load memory is too little for a tensor.
         DeviceError: the device's memory does not suffice.
     """
     with torch.device("meta"):
         model = build_model(model_config, moe_mode, moe_capacity_factor)
+    if quantization is not None:
+        quantize_model(model, quantization, device)
     load_weights(model, checkpoint, dtype, device, progress, options)
     return model.eval()
 

@@ -12,6 +12,7 @@ from torchinfer.batch import Batch
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.layers import Embedding, Linear
 from torchinfer.models.rope import Rope
+from torchinfer.quantization import QuantizedMatrix
 from torchinfer.weight_map import Target
 
 HEAD = "lm_head.weight"
@@ -64,6 +65,11 @@ class Decoder(nn.Module):
         scores = scores.float()
         cap = self.config.logit_soft_cap
         return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def num_parameters(self) -> int:
+        """Numbers that the model has learned, in however many bits they are held."""
+        matrices = (module for module in self.modules() if isinstance(module, QuantizedMatrix))
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(m.numel() for m in matrices)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.embedding(tokens)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torchinfer import kernels
 from torchinfer.batch import Batch
 from torchinfer.models.config import ModelConfig
+from torchinfer.quantization.matrix import QuantizedMatrix
 
 
 class Layer(nn.Module):
@@ -24,20 +25,30 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """x @ weight.T + bias. `outputs` names the parts of a merged matrix: {"q": 512, "k": 128, "v": 128}."""
+    """x @ weight.T + bias. `outputs` names the parts of a merged matrix: {"q": 512, "k": 128, "v": 128}.
 
-    def __init__(self, in_features: int, outputs: int | Mapping[str, int], has_bias: bool = False) -> None:
+    `is_router`: small, and decides which experts see a token: never quantized.
+    """
+
+    def __init__(
+        self, in_features: int, outputs: int | Mapping[str, int], has_bias: bool = False, is_router: bool = False
+    ) -> None:
         super().__init__()
+        self.is_router = is_router
         sizes = [outputs] if isinstance(outputs, int) else list(outputs.values())
         names = [] if isinstance(outputs, int) else list(outputs)
         ends = list(accumulate(sizes))
         self.slots = {name: slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=bool(names))}
+        self.weight: nn.Parameter | QuantizedMatrix
         self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return functional.linear(x, self.weight, self.bias)
+        """[N, in] -> [N, out]."""
+        if isinstance(self.weight, nn.Parameter):
+            return functional.linear(x, self.weight, self.bias)
+        product = kernels.quantized_matmul(x, self.weight())
+        return product if self.bias is None else product + self.bias
 
 
 class Embedding(Layer):

@@ -17,6 +17,7 @@ from torchinfer import kernels
 from torchinfer.batch import Batch
 from torchinfer.models.config import MoEConfig
 from torchinfer.models.layers import GatedMLP, Layer, Linear
+from torchinfer.quantization.matrix import QuantizedMatrix
 
 
 class Experts(Layer):
@@ -25,14 +26,18 @@ class Experts(Layer):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
         self.slots = {"gate": slice(0, intermediate_size), "up": slice(intermediate_size, 2 * intermediate_size)}
+        self.gate_up: nn.Parameter | QuantizedMatrix
+        self.down: nn.Parameter | QuantizedMatrix
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size), requires_grad=False)
         self.activation = activation
 
     def forward(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         """[N, hidden] sorted by expert, [E] int32 -> [N, hidden]; rows past the sum of the sizes become zero."""
-        inner = kernels.gated_activation(kernels.grouped_matmul(x, self.gate_up, group_sizes), self.activation)
-        return kernels.grouped_matmul(inner, self.down, group_sizes)
+        gate_up = self.gate_up() if isinstance(self.gate_up, QuantizedMatrix) else self.gate_up
+        down = self.down() if isinstance(self.down, QuantizedMatrix) else self.down
+        inner = kernels.gated_activation(kernels.grouped_matmul(x, gate_up, group_sizes), self.activation)
+        return kernels.grouped_matmul(inner, down, group_sizes)
 
 
 class MoE(Layer):
@@ -46,13 +51,13 @@ class MoE(Layer):
     def __init__(self, hidden_size: int, config: MoEConfig, activation: str) -> None:
         super().__init__()
         self.config = config
-        self.router = Linear(hidden_size, config.num_experts)
+        self.router = Linear(hidden_size, config.num_experts, is_router=True)
         self.experts = Experts(config.num_experts, hidden_size, config.intermediate_size, activation)
         self.shared_expert: GatedMLP | None = None
         self.shared_gate: Linear | None = None
         if config.shared_intermediate_size is not None:
             self.shared_expert = GatedMLP(hidden_size, config.shared_intermediate_size, activation)
-            self.shared_gate = Linear(hidden_size, 1)
+            self.shared_gate = Linear(hidden_size, 1, is_router=True)
         counter = torch.zeros((), dtype=torch.int64, device="cpu")
         self.register_buffer("num_dropped", counter, persistent=False)
 

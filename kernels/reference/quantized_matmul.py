@@ -1,0 +1,68 @@
+"""Products with quantized matrices in plain PyTorch, on any device, with shapes that depend on no value.
+
+Weight-only: int8 and float8 numbers are exact in bfloat16 and float32, so a scale of a whole output is applied to the
+product. With quantized activations the integers are multiplied exactly and summed in int32 (arXiv 2208.07339).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchinfer.kernels.reference.dequantize import dequantize
+
+if TYPE_CHECKING:
+    from torchinfer.quantized_weight import QuantizedWeight
+
+INT8_MAX, FP8_MAX = 127.0, 448.0
+SMALLEST_SCALE = 1e-20  # of a token that is all zeros
+# 127 * 127 * 1024 < 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
+EXACT_COLUMNS = 1024
+
+
+def quantized_matmul(
+    x: Tensor,  # [N, I]
+    weight: QuantizedWeight,  # [O, I]
+) -> Tensor:  # [N, O]
+    """See the door."""
+    if weight.activations == "none":
+        return _weight_only(x, weight)
+    if weight.input_scale is not None and len(weight.part_rows) > 1:
+        return torch.cat([quantized_matmul(x, part) for part in weight.parts()], 1)
+    numbers, input_scale = quantize_rows(x, weight.activations, weight.input_scale)
+    if weight.activations == "int8":
+        product = _integer_product(numbers, weight.values).float()
+    else:
+        product = functional.linear(numbers.float(), weight.values.float())
+    return (product * input_scale * weight.scale.T).to(x.dtype)
+
+
+def quantize_rows(x: Tensor, kind: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """[N, I] -> int8 or float8_e4m3fn [N, I] and float32 [N, 1]; with a given scale [1], that for all rows."""
+    limit, dtype = (INT8_MAX, torch.int8) if kind == "int8" else (FP8_MAX, torch.float8_e4m3fn)
+    numbers = x.float()
+    if scale is None:
+        scale = (numbers.abs().amax(1, keepdim=True) / limit).clamp(min=SMALLEST_SCALE)
+    numbers = (numbers / scale).clamp(-limit, limit)
+    return (numbers.round() if kind == "int8" else numbers).to(dtype), scale
+
+
+def _weight_only(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    # In float16 a product without its scale may be beyond the range.
+    is_scaled_after = weight.scale.shape == (weight.values.shape[0], 1) and x.dtype != torch.float16
+    if is_scaled_after and weight.zero is None and weight.values.dtype != torch.uint8:
+        return (functional.linear(x, weight.values.to(x.dtype)).float() * weight.scale.T).to(x.dtype)
+    return functional.linear(x, dequantize(weight).to(x.dtype))
+
+
+def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """int8 [N, I] times int8 [O, I], transposed -> int32 [N, O]."""
+    pieces = zip(x.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True)
+    products = [functional.linear(a.float(), b.float()).to(torch.int32) for a, b in pieces]
+    total = products[0]
+    for product in products[1:]:
+        total = total + product
+    return total

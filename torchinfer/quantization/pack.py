@@ -1,0 +1,68 @@
+"""From numbers to values and scales: symmetric, round to nearest, even where two are as near.
+
+int8    a scale for each output: its largest number becomes 127                        (arXiv 2208.07339)
+fp8     e4m3fn: a scale for each output, or for blocks: its largest number becomes 448  (arXiv 2209.05433)
+int4    a scale for each group of inputs, of some that cut off the largest numbers the one with the least error
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchinfer.quantized_weight import NIBBLE_ZERO
+
+LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+NIBBLE_LIMIT = 7.5  # half of a step beyond 7; -8 is the other end
+# Of the scale that cuts nothing off. Below 0.7 no group of a trained or random matrix was better off.
+CLIP_RATIOS = tuple(1 - 0.03 * step for step in range(11))
+ROWS_AT_ONCE_BYTES = 1 << 20  # of float32: what is computed with at once stays in the processor's cache
+
+
+def pack(weight: Tensor, dtype: torch.dtype, row_block: int, column_block: int) -> tuple[Tensor, Tensor]:
+    """Float [R, I] -> values [R, I], or uint8 [R, I / 2], and scale, float32 [ceil(R / row_block), groups].
+
+    All-zero blocks get scale 1. A number that is not finite makes its scale so, too.
+    """
+    rows = max(1, ROWS_AT_ONCE_BYTES // (4 * weight.shape[1]) // row_block) * row_block
+    done = [_pack_rows(part.float(), dtype, row_block, column_block) for part in weight.split(rows)]
+    values, scale = zip(*done, strict=True)
+    return torch.cat(values), torch.cat(scale)
+
+
+def _pack_rows(weight: Tensor, dtype: torch.dtype, row_block: int, column_block: int) -> tuple[Tensor, Tensor]:
+    if dtype == torch.uint8:
+        return _pack_nibbles(weight, column_block)
+    num_rows, num_columns = weight.shape
+    padding = (0, -num_columns % column_block, 0, -num_rows % row_block)
+    padded = functional.pad(weight, padding) if any(padding) else weight
+    blocks = padded.view(padded.shape[0] // row_block, row_block, -1, column_block)  # [B, row_block, G, column_block]
+    scale = _scale(blocks.abs().amax((1, 3)) / LIMITS[dtype])
+    numbers = (blocks / scale[:, None, :, None]).view(padded.shape)[:num_rows, :num_columns]
+    numbers = numbers.clamp_(-LIMITS[dtype], LIMITS[dtype])
+    return (numbers.round_() if dtype == torch.int8 else numbers).to(dtype), scale
+
+
+def _pack_nibbles(weight: Tensor, column_block: int) -> tuple[Tensor, Tensor]:
+    groups = weight.view(weight.shape[0], -1, column_block)
+    largest = groups.abs().amax(2) / NIBBLE_LIMIT
+    scale, error = _scale(largest), torch.full_like(largest, torch.inf)
+    for ratio in CLIP_RATIOS:
+        candidate = _scale(largest * ratio)
+        difference = _nibbles(groups, candidate).mul_(candidate[..., None]).sub_(groups)
+        candidate_error = difference.square_().sum(2)
+        is_better = candidate_error < error
+        scale, error = torch.where(is_better, candidate, scale), torch.where(is_better, candidate_error, error)
+    values = _nibbles(groups, scale).add_(NIBBLE_ZERO).view(weight.shape).to(torch.uint8)
+    return values[:, 0::2] | (values[:, 1::2] << 4), scale
+
+
+def _nibbles(groups: Tensor, scale: Tensor) -> Tensor:
+    """[R, G, column_block], [R, G] -> whole numbers from -8 to 7, float32."""
+    return (groups / scale[..., None]).round_().clamp_(-NIBBLE_ZERO, NIBBLE_ZERO - 1)
+
+
+def _scale(scale: Tensor) -> Tensor:
+    """One where all is zero, or so small that its scale is: dividing by it must not give what is not finite."""
+    return torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
