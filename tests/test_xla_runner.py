@@ -54,6 +54,21 @@ def test_greedy_ids_equal_transformers(name: str, tmp_path: Path) -> None:
         assert output.token_ids == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("scheme", ["int8_w8a8", "fp8", "int4_g32"])
+def test_quantized_weights_give_the_ids_of_the_cpu_and_compile_nothing_later(scheme: str, tmp_path: Path) -> None:
+    save_random_checkpoint(tiny_config("mixtral"), tmp_path)
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, 40) for _ in range(5)]
+    options = OPTIONS | {"max_num_batched_tokens": 16, "max_model_len": 64}
+    options["quantization"] = {"*.experts.*.w2": "int8", "*": scheme}  # 96 columns: not a multiple of a group
+    with LLM(tmp_path, **options) as llm:
+        before = llm.stats().num_compilations
+        outputs = llm.generate(prompts, greedy())
+        assert llm.stats().num_compilations == before
+    with LLM(tmp_path, **(options | {"device": "cpu"})) as llm:
+        assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, greedy())]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")

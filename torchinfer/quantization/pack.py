@@ -15,8 +15,8 @@ from torchinfer.quantized_weight import NIBBLE_ZERO
 
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 NIBBLE_LIMIT = 7.5  # half of a step beyond 7; -8 is the other end
-# Of the scale that cuts nothing off. Below 0.7 no group of a trained or random matrix was better off.
-CLIP_RATIOS = tuple(1 - 0.03 * step for step in range(11))
+# Of the scale that cuts nothing off. Twice as many bring 0.5 % less error, on trained and on random matrices.
+CLIP_RATIOS = tuple(1 - 0.06 * step for step in range(6))
 ROWS_AT_ONCE_BYTES = 1 << 20  # of float32: what is computed with at once stays in the processor's cache
 
 

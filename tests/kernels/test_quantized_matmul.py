@@ -1,0 +1,139 @@
+"""Products with quantized matrices against float64, and the grouped ones of experts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchinfer.kernels.reference.dequantize import dequantize
+from torchinfer.kernels.reference.grouped_matmul import grouped_matmul as grouped_reference
+from torchinfer.kernels.reference.quantized_matmul import quantize_rows, quantized_matmul
+from torchinfer.kernels.tpu.grouped_matmul import grouped_matmul as grouped_static
+from torchinfer.quantization import SCHEMES
+from torchinfer.quantized_weight import QuantizedWeight
+from torchinfer.testing import assert_close
+
+SHAPES = [(1, 128, 5), (3, 256, 130), (17, 384, 33), (0, 128, 4)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_weight(name: str, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+    packed: dict[str, Tensor | None] = dict(SCHEMES[name].pack(weight))
+    return SCHEMES[name].weight(packed, columns, ())
+
+
+def random_input(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """float64, with inputs rounded as the weight asks."""
+    if weight.activations != "none":
+        numbers, scale = quantize_rows(x, weight.activations, weight.input_scale)
+        return numbers.double() * scale.double() @ dequantize(weight).double().T
+    return x.double() @ dequantize(weight).double().T
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_equals_the_dequantized_matrix_in_float64(name: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    num_tokens, columns, rows = shape
+    weight, x = random_weight(name, rows, columns), random_input(num_tokens, columns, dtype)
+    actual = quantized_matmul(x, weight)
+    assert actual.dtype == dtype
+    assert_close(actual, exact(x, weight))
+
+
+def test_integers_are_summed_exactly() -> None:
+    columns = 20_000  # float32 alone would round the sum
+    values = torch.full((2, columns), 127, dtype=torch.int8)
+    values[1, ::2] = -126
+    weight = QuantizedWeight(values, torch.ones(2, 1), 1, columns, "int8")
+    x = torch.full((1, columns), 127.0)
+    x[0, 1] = 126
+    expected = x.long() @ values.long().T
+    assert quantized_matmul(x.double(), weight).long().tolist() == expected.float().long().tolist()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_rows_of_any_size_are_rounded_by_their_own_largest(kind: str) -> None:
+    x = torch.tensor([[0.0, 0.0], [1e-30, -2e-30], [3e38, 1e38], [1.0, -1.0]])
+    numbers, scale = quantize_rows(x, kind)
+    assert numbers.float().isfinite().all()
+    assert_close(
+        numbers.float() * scale / x.abs().amax(1, keepdim=True).clamp(min=1e-20),
+        x / x.abs().amax(1, keepdim=True).clamp(min=1e-20),
+        dtype=torch.bfloat16,
+    )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_beyond_a_given_scale_inputs_are_cut_off(kind: str) -> None:
+    limit = 127 if kind == "int8" else 448
+    numbers, _ = quantize_rows(torch.tensor([[1e6, -1e6, limit / 2]]), kind, torch.ones(1))
+    assert numbers.float().tolist() == [[limit, -limit, 64.0 if kind == "int8" else 224.0]]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_merged_parts_have_their_own_input_scale(kind: str) -> None:
+    name = "int8_w8a8" if kind == "int8" else "fp8_w8a8"
+    weight = replace(random_weight(name, 10, 128), part_rows=(7, 3), input_scale=torch.tensor([0.01, 0.05]))
+    x = random_input(4, 128)
+    expected = torch.cat([exact(x, part) for part in weight.parts()], 1)
+    assert_close(quantized_matmul(x, weight), expected)
+
+
+def test_zeros_and_the_order_of_groups_by_hand() -> None:
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(0, 16, (5, 8), generator=generator)
+    zero = torch.randint(0, 16, (5, 2), generator=generator)
+    scale = torch.rand(5, 2, generator=generator) + 0.5
+    groups = torch.randint(0, 2, (2, 8), generator=generator)
+    weight = QuantizedWeight(
+        values=(numbers[:, 0::2] | numbers[:, 1::2] << 4).to(torch.uint8),
+        scale=scale,
+        row_block=1,
+        column_block=4,
+        zero=zero.to(torch.uint8),
+        group_index=groups.to(torch.int32),
+        part_rows=(2, 3),
+    )
+    expected = torch.empty(5, 8)
+    for row in range(5):
+        for column in range(8):
+            group = groups[0 if row < 2 else 1, column]
+            expected[row, column] = (numbers[row, column] - zero[row, group]) * scale[row, group]
+    assert_close(dequantize(weight), expected)
+    x = random_input(3, 8)
+    assert_close(quantized_matmul(x, weight), x.double() @ expected.double().T)
+
+
+@pytest.mark.parametrize("port", [grouped_reference, grouped_static])
+@pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [8, 0, 0], [1, 2, 0]])
+@pytest.mark.parametrize("name", ["int8", "int8_w8a8", "fp8_block", "int4"])
+def test_experts_equal_each_expert_alone(name: str, sizes: list[int], port) -> None:
+    experts = [random_weight(name, 6, 128, seed) for seed in range(3)]
+    stacked = replace(
+        experts[0],
+        values=torch.stack([expert.values.view(torch.uint8) for expert in experts]).view(experts[0].values.dtype),
+        scale=torch.stack([expert.scale for expert in experts]),
+    )
+    x = random_input(9, 128)
+    expected = torch.zeros(9, 6, dtype=torch.float64)
+    start = 0
+    for expert, size in zip(experts, sizes, strict=True):
+        expected[start : start + size] = exact(x[start : start + size], expert)
+        start += size
+    assert_close(port(x, stacked, torch.tensor(sizes, dtype=torch.int32)), expected)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_traces_without_graph_breaks(name: str) -> None:
+    weight, x = random_weight(name, 6, 128), random_input(4, 128)
+    compiled = torch.compile(quantized_matmul, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, weight), quantized_matmul(x, weight))
