@@ -47,8 +47,7 @@ class FlagSet:
             for option in fields(self.kind)
             if (name := self._destination(option.name)) in given
         }
-        together = {"logit_bias": dict, "quantization": quantization}  # of values that were given one by one
-        return {name: together[name](value) if name in together else value for name, value in found.items()}
+        return {name: JOINED[name](value) if name in JOINED else value for name, value in found.items()}
 
     def _destination(self, name: str) -> str:
         """Fields of two dataclasses may have the same name in one command."""
@@ -84,6 +83,10 @@ def quantization(values: Sequence[str]) -> str | dict[str, str]:
         return values[0]
     pairs = [value.rpartition("=") for value in values]
     return {pattern or "*": scheme for pattern, _, scheme in pairs}
+
+
+# What makes one value of those that were given one by one.
+JOINED: Mapping[str, Callable[[Any], object]] = {"logit_bias": dict, "quantization": quantization}
 
 
 def _argument(convert: Callable[[str], object], metavar: str, **more: object) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _weight_only(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
     """int8 [N, I] times int8 [O, I], transposed -> int32 [N, O]."""
-    pieces = zip(x.split(EXACT_COLUMNS, 1), weight.split(EXACT_COLUMNS, 1), strict=True)
+    pieces = zip(torch.split(x, EXACT_COLUMNS, 1), torch.split(weight, EXACT_COLUMNS, 1), strict=True)
     products = [functional.linear(a.float(), b.float()).to(torch.int32) for a, b in pieces]
     total = products[0]
     for product in products[1:]:

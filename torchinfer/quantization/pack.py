@@ -26,7 +26,7 @@ def pack(weight: Tensor, dtype: torch.dtype, row_block: int, column_block: int) 
     All-zero blocks get scale 1. A number that is not finite makes its scale so, too.
     """
     rows = max(1, ROWS_AT_ONCE_BYTES // (4 * weight.shape[1]) // row_block) * row_block
-    done = [_pack_rows(part.float(), dtype, row_block, column_block) for part in weight.split(rows)]
+    done = [_pack_rows(part.float(), dtype, row_block, column_block) for part in torch.split(weight, rows)]
     values, scale = zip(*done, strict=True)
     return torch.cat(values), torch.cat(scale)
 
