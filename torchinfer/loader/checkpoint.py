@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, raise_all
 from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_header, shorten
-from torchinfer.loader.retry import Attempts, PersistentReader, read_file
+from torchinfer.loader.retry import PersistentReader, Stopped
 from torchinfer.loader.source import FileStat, Source, is_inside
+from torchinfer.loader.stall import StalledError, Trial, read_file, unless_stalled
 from torchinfer.loader.storage import open_source
 from torchinfer.tokenizer import VOCABULARY_FILES
 
@@ -73,11 +75,17 @@ class Checkpoint:
                 f"{self.address} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has"
             )
         entry = self.tensors[name]
-        memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
         end = entry.offset + entry.num_bytes
-        with PersistentReader(self.source, entry.shard, self.stats[entry.shard], end=end) as reader:
-            reader.read_into(entry.offset, memory.numpy().data)
-            reader.check()
+
+        def read(trial: Trial) -> Tensor:
+            memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
+            stat = self.stats[entry.shard]
+            with PersistentReader(self.source, entry.shard, stat, trial.attempts, end=end) as reader:
+                reader.read_into(entry.offset, memory.numpy().data, trial.count)
+                reader.check()
+            return memory
+
+        memory = unless_stalled(f"read {quoted(name)} of {self.address}/{entry.shard}", read)
         return memory.view(entry.dtype).reshape(entry.shape)
 
 
@@ -87,8 +95,8 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
     """
-    source = open_source(path)
-    names = source.names()
+    source = unless_stalled(f"open {path}", lambda trial: open_source(path))
+    names = unless_stalled(f"list {path}", lambda trial: source.names())
     problems: list[str] = []
     config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
     if CONFIG not in names:
@@ -111,6 +119,8 @@ class _Header:
 def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]:
     try:
         return parse_json(read_file(source, name, MAX_JSON_BYTES), name)
+    except StalledError:
+        raise
     except CheckpointError as error:
         problems.append(str(error))
         return {}
@@ -147,7 +157,7 @@ def _scan_shards(source: Source, names: list[str], problems: list[str]) -> list[
             "'.' and '..' parts"
         )
     inside = [shard for shard in shards if is_inside(shard)]
-    missing = [shard for shard in inside if shard not in names and ("/" not in shard or not source.has(shard))]
+    missing = [shard for shard in inside if shard not in names and not _is_deeper(source, shard)]
     if missing:
         problems.append(
             f"{len(missing)} of {len(shards)} shards that {INDEX} names are not there: {', '.join(shorten(missing))}; "
@@ -196,23 +206,35 @@ def _compare(weight_map: dict[str, str], entries: list[TensorEntry], readable: s
         )
 
 
+def _is_deeper(source: Source, shard: str) -> bool:
+    """Whether a shard that the list of the folder does not show is in a subfolder."""
+    return "/" in shard and unless_stalled(f"look at {source.address}/{shard}", lambda trial: source.has(shard))
+
+
 def _read_headers(source: Source, shards: list[str], problems: list[str]) -> list[_Header]:
     """Those that can be read. Side by side: a header over a network is two or three round trips."""
+    stop = threading.Event()
 
-    attempts = Attempts()
-
-    def read(shard: str) -> _Header | CheckpointError:
-        try:
+    def read(shard: str) -> _Header | CheckpointError | Stopped:
+        def try_it(trial: Trial) -> _Header:
             stat = source.stat(shard)
-            return _Header(shard, stat, read_header(source, shard, stat, attempts))
-        except CheckpointError as error:
+            return _Header(shard, stat, read_header(source, shard, stat, trial))
+
+        try:
+            return unless_stalled(f"read the header of {source.address}/{shard}", try_it, stop)
+        except StalledError as error:
+            stop.set()  # or each of the others would be waited for as long
+            return error
+        except (CheckpointError, Stopped) as error:
             return error
 
     with ThreadPoolExecutor(HEADER_READERS, "header") as pool:
         try:
             found = list(pool.map(read, shards))
         finally:
-            attempts.stop.set()  # after Ctrl-C nobody waits for what is left
+            stop.set()  # after Ctrl-C nobody waits for what is left
+    for stalled in (each for each in found if isinstance(each, StalledError)):
+        raise stalled
     problems += [str(each) for each in found if isinstance(each, CheckpointError)]
     return [each for each in found if isinstance(each, _Header)]
 
