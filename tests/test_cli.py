@@ -25,6 +25,7 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
     "page_size": ("--page-size 32", 32),
     "kv_cache_memory": ("--kv-cache-memory 2GiB", 2**31),
+    "kv_cache_dtype": ("--kv-cache-dtype int8", "int8"),
     "prefix_cache": ("--no-prefix-cache", False),
     "seed": ("--engine-seed 4", 4),
     "moe_mode": ("--moe-mode capacity", "capacity"),
