@@ -119,6 +119,7 @@ def test_version(capsys):
         (["generate", "--prompt", "x"], "the following arguments are required: --model"),
         (["generate", "--model", "m", "--prompt", "x", "--temp", "1"], "unrecognized arguments: --temp"),
         (["generate", "--model", "m", "--device", "abacus"], "invalid choice: 'abacus'"),
+        (["generate", "--model", "m", "--kv-cache-dtype", "int4"], "invalid choice: 'int4'"),
         (["generate", "--model", "m", "--kv-cache-memory", "lots"], "invalid memory value: 'lots'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],

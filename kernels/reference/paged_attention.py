@@ -150,11 +150,16 @@ def _attend(
 ) -> Tensor:  # [A, B, N, D]
     """Scores, soft cap, mask, softmax in float32, weighted values."""
     if scales is None and soft_cap is None:
-        # A cache of another dtype than the model's: what holds both.
-        dtype = torch.promote_types(query.dtype, context.dtype)
-        key, value = context.to(dtype).expand(2, *query.shape[:2], *context.shape[3:])
-        return functional.scaled_dot_product_attention(query.to(dtype), key, value, attn_mask=mask, scale=scale)
-    key, value = context.float()
+        if context.dtype != query.dtype:
+            dtype = torch.promote_types(query.dtype, context.dtype)  # holds the values of both
+            query, context = query.to(dtype), context.to(dtype)
+        key, value = context
+        if key.shape[1] != query.shape[1]:
+            shape = (*query.shape[:2], *key.shape[2:])
+            key, value = key.expand(shape), value.expand(shape)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    # Contiguous at once: matmul would copy it a second time.
+    key, value = context.to(torch.float32, memory_format=torch.contiguous_format)
     scores = _times(query.float(), key.transpose(-1, -2))
     if scales is not None:
         scores *= scales[0, :, :, None]

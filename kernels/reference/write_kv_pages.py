@@ -20,23 +20,21 @@ def write_kv_pages(
     slot: Tensor,  # [T] int32
 ) -> None:
     """See the door. Padded tokens share slot 0, whose content nobody reads."""
-    data, scale = kv_cache.data, kv_cache.scale
-    # Keys and values as rows of one dimension: along the second one, XLA transposes the whole cache to write and back.
-    rows = torch.cat((key, value))
-    index = torch.cat((slot, slot + data.shape[1] * data.shape[2])).long()
-    slots = data.view(-1, *data.shape[3:])  # [2 * P * page_size, K, D]
+    data, scale, rows = kv_cache.data, kv_cache.scale, torch.stack((key, value))
+    slot = slot.long()
     if scale is None:
-        slots.index_copy_(0, index, rows.to(data.dtype))
+        data.view(2, -1, *data.shape[3:]).index_copy_(1, slot, rows.to(data.dtype))
         return
     quantized, row_scale = _quantize(rows, data.dtype)
-    slots[index] = quantized  # index_copy_ has no float8 on the CPU
-    scale.view(-1, scale.shape[3]).index_copy_(0, index, row_scale)
+    # As bytes: torch copies no float8 by index on the CPU.
+    data.view(torch.int8).view(2, -1, *data.shape[3:]).index_copy_(1, slot, quantized.view(torch.int8))
+    scale.view(2, -1, scale.shape[3]).index_copy_(1, slot, row_scale)
 
 
 def _quantize(
-    rows: Tensor,  # [N, K, D]
+    rows: Tensor,  # [2, T, K, D]
     dtype: torch.dtype,  # int8 or float8_e4m3fn
-) -> tuple[Tensor, Tensor]:  # [N, K, D] of dtype, [N, K] float32
+) -> tuple[Tensor, Tensor]:  # [2, T, K, D] of dtype, [2, T, K] float32
     """Each row of D values by its largest one. A row of zeros stays zeros; NaN and infinity make the scale so."""
     rows = rows.float()
     scale = (rows.abs().amax(-1) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)

@@ -25,7 +25,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "rms_norm": (),
     "rotary_embedding": (),
     "gated_activation": (),
-    "write_kv_pages": (),
+    "write_kv_pages": ("tpu",),
     "paged_attention": ("tpu",),
     "grouped_matmul": ("tpu",),
 }
