@@ -28,7 +28,7 @@ def test_logits_over_a_cache_of_another_dtype_are_near(case, prompt, dtype, allo
     logits = torch.cat([driver.step({"a": prompt[i:j]}, {"a": 45})["a"] for i, j in ((0, 30), (30, 44), (44, 45))])
     errors = (logits - expected).square().mean(1).sqrt() / expected.std()
     # Of the tokens the median: one whose expert is another one is far off.
-    assert errors.median() < allowed * (5 if case.ours.config.num_experts else 1)
+    assert errors.median() < allowed * (5 if case.ours.config.moe else 1)
 
 
 def test_greedy_ids_equal_transformers(case, prompt):
