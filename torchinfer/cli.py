@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
+from torchinfer.config import DEVICES, DTYPES, KV_CACHE_DTYPES, MOE_MODES, EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
 from torchinfer.flags import FlagSet
@@ -41,6 +41,7 @@ ENGINE = FlagSet(
         "page_size": "tokens in a page of the KV cache, a power of two",
         "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB "
         "(default: by device)",
+        "kv_cache_dtype": "of the KV cache; auto: the model's; int8 and fp8 hold about twice the tokens of bfloat16",
         "prefix_cache": "keep the KV cache of prompts for later ones that begin alike",
         "seed": "for requests that have no seed of their own",
         "moe_mode": "experts: dropless, or capacity: what exceeds the capacity factor is dropped and counted",
@@ -52,7 +53,7 @@ ENGINE = FlagSet(
         "verify": "compare whole files with their CRC32C: Cloud Storage's, or that of a file CRC32C beside them",
         "progress": "progress bars on standard error, if it is a terminal",
     },
-    choices={"device": DEVICES, "dtype": DTYPES, "moe_mode": MOE_MODES},
+    choices={"device": DEVICES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "moe_mode": MOE_MODES},
     names={"seed": ("--engine-seed",), "max_num_requests": ("--max-num-requests", "--max-concurrent")},
 )
 

@@ -10,6 +10,7 @@ from torchinfer.errors import ConfigError, raise_all
 
 DEVICES = ("auto", "cpu", "cuda", "xla")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8")
 MOE_MODES = ("dropless", "capacity")
 
 SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each
@@ -35,6 +36,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
     page_size: int = 16  # tokens
     kv_cache_memory: float | int | None = None  # at most 1.0: share of the free memory; more: bytes; None: by device
+    kv_cache_dtype: str = "auto"  # the model's; int8 and fp8 (e4m3) with a scale for each token and KV head
     prefix_cache: bool = True
     seed: int = 0  # of requests that have none of their own
     moe_mode: str = "dropless"  # or capacity: overflow beyond the capacity factor is dropped and counted
@@ -52,7 +54,8 @@ class EngineConfig:
 
 def _problems(c: EngineConfig) -> list[str]:
     found = []
-    for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("moe_mode", MOE_MODES)):
+    choices = {"device": DEVICES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "moe_mode": MOE_MODES}
+    for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             found.append(f"{name}={getattr(c, name)!r} must be one of {', '.join(allowed)}")
     for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchinfer import kernels
+from torchinfer.batch import KVCache
 from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
@@ -23,7 +24,7 @@ from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
-from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages
+from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_dtype
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
@@ -53,6 +54,7 @@ def start_engine(config: EngineConfig) -> Engine:
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
     dtype = _resolve_dtype(config.dtype, checkpoint.config)
+    kv_cache_dtype = resolve_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
     model = load_model(
         checkpoint,
@@ -65,9 +67,9 @@ def start_engine(config: EngineConfig) -> Engine:
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
     )
-    num_pages = _resolve_num_pages(config, model_config, dtype, device, max_model_len)
+    num_pages = _resolve_num_pages(config, model_config, kv_cache_dtype, device, max_model_len)
     kernels.load_ports(device.type)
-    kv_caches = allocate(model_config, num_pages, config.page_size, dtype, device)
+    kv_caches = allocate(model_config, num_pages, config.page_size, kv_cache_dtype, device)
     scheduler = _scheduler(config, model_config, num_pages, max_model_len)
     runner = _runner(config, model, kv_caches, device, max_model_len)
     runner.warm_up(config.progress)
@@ -77,13 +79,14 @@ def start_engine(config: EngineConfig) -> Engine:
         num_parameters=model.num_parameters(),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         device=device.type,
         num_pages=num_pages,
         page_size=config.page_size,
         max_num_requests=config.max_num_requests,
         eos_token_ids=tuple(_eos_token_ids(checkpoint, tokenizer)),
         has_tokenizer=tokenizer is not None,
+        kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
 
@@ -105,7 +108,7 @@ def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_mod
 
 
 def _runner(
-    config: EngineConfig, model: Decoder, kv_caches: list[torch.Tensor], device: torch.device, max_model_len: int
+    config: EngineConfig, model: Decoder, kv_caches: list[KVCache], device: torch.device, max_model_len: int
 ) -> Runner:
     if device.type != "xla":
         return EagerRunner(model, kv_caches, config.page_size, device)
@@ -140,6 +143,10 @@ def _resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
     return DTYPES[name]
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _resolve_num_pages(
     config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> int:
@@ -155,7 +162,7 @@ def _resolve_num_pages(
     bytes_per_page = page_bytes(model, config.page_size, dtype)
     num_pages = plan_num_pages(budget, bytes_per_page, config.page_size, max_model_len, config.max_num_requests)
     size = num_pages * bytes_per_page / MIB
-    logger.info("KV cache: %d pages of %d tokens, %.1f MiB", num_pages, config.page_size, size)
+    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, config.page_size, _name(dtype), size)
     return num_pages
 
 
