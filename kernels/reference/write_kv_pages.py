@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchinfer.kernels.reference.quantize_rows import quantize_rows
+
 if TYPE_CHECKING:
     from torchinfer.batch import KVCache
-
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest value of a row becomes
 
 
 def write_kv_pages(
@@ -25,18 +25,7 @@ def write_kv_pages(
     if scale is None:
         data.view(2, -1, *data.shape[3:]).index_copy_(1, slot, rows.to(data.dtype))
         return
-    quantized, row_scale = _quantize(rows, data.dtype)
+    quantized, row_scale = quantize_rows(rows, data.dtype)
     # As bytes: torch copies no float8 by index on the CPU.
     data.view(torch.int8).view(2, -1, *data.shape[3:]).index_copy_(1, slot, quantized.view(torch.int8))
     scale.view(2, -1, scale.shape[3]).index_copy_(1, slot, row_scale)
-
-
-def _quantize(
-    rows: Tensor,  # [2, T, K, D]
-    dtype: torch.dtype,  # int8 or float8_e4m3fn
-) -> tuple[Tensor, Tensor]:  # [2, T, K, D] of dtype, [2, T, K] float32
-    """Each row of D values by its largest one. A row of zeros stays zeros; NaN and infinity make the scale so."""
-    rows = rows.float()
-    scale = (rows.abs().amax(-1) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = rows / scale[..., None]
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from torchinfer.kernels.reference.quantize_rows import quantize_rows
+
 if TYPE_CHECKING:
     from torchinfer.batch import KVCache
-
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest value of a row becomes
 
 
 def write_kv_pages(
@@ -28,17 +28,6 @@ def write_kv_pages(
     if scale is None:
         slots.index_copy_(0, index, rows.to(data.dtype))
         return
-    quantized, row_scale = _quantize(rows, data.dtype)
+    quantized, row_scale = quantize_rows(rows, data.dtype)
     slots[index] = quantized  # index_copy_ has no float8 on the CPU, where tests run this
     scale.view(-1, scale.shape[3]).index_copy_(0, index, row_scale)
-
-
-def _quantize(
-    rows: Tensor,  # [N, K, D]
-    dtype: torch.dtype,  # int8 or float8_e4m3fn
-) -> tuple[Tensor, Tensor]:  # [N, K, D] of dtype, [N, K] float32
-    """Each row of D values by its largest one. A row of zeros stays zeros; NaN and infinity make the scale so."""
-    rows = rows.float()
-    scale = (rows.abs().amax(-1) / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = rows / scale[..., None]
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchinfer.batch import KVCache
+from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.models.config import ModelConfig
 
@@ -26,19 +27,12 @@ def resolve_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> 
         ConfigError: when the device cannot convert to it and back.
     """
     dtype = model_dtype if name == "auto" else DTYPES[name]
-    if dtype == torch.float8_e4m3fn and not _converts(dtype, device):
+    if dtype == torch.float8_e4m3fn and not has_dtype(dtype, device):
         raise ConfigError(
             f"kv_cache_dtype={name!r} stores {dtype}, which {device.type} cannot convert to and back here; "
             f"use int8, which takes as many bytes, or auto"
         )
     return dtype
-
-
-def _converts(dtype: torch.dtype, device: torch.device) -> bool:
-    try:
-        return torch.ones(1, device=device).to(dtype).float().item() == 1
-    except (RuntimeError, TypeError):  # what torch and its backends raise for a dtype that they lack
-        return False
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, raise_all
 from torchinfer.loader.header import quoted, shorten
 from torchinfer.loader.placement import Placement, dtype_name, expected_tensors
@@ -143,12 +144,3 @@ def _unsupported(dtypes: set[torch.dtype], device: torch.device) -> list[str]:
         for dtype in sorted(dtypes, key=str)
         if not has_dtype(dtype, device)
     ]
-
-
-def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tensors of a dtype can be made and converted on a device."""
-    try:
-        torch.zeros(1, device=device).to(dtype).float()
-    except (RuntimeError, TypeError):
-        return False
-    return True
