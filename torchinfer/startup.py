@@ -52,7 +52,7 @@ def start_engine(config: EngineConfig) -> Engine:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
-    dtype = _resolve_dtype(config.dtype, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, checkpoint.config)
     tokenizer = load_tokenizer(config.model)
     model = load_model(
         checkpoint,
@@ -131,7 +131,7 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return length
 
 
-def _resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
