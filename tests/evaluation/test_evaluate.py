@@ -34,9 +34,7 @@ def perturb(model: torch.nn.Module) -> None:
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
 
 
-def pair(
-    reference: Decoder, model: Decoder, inputs: Inputs, layout: Layout
-) -> tuple[TokenScores, TokenScores, Result]:
+def pair(reference: Decoder, model: Decoder, inputs: Inputs, layout: Layout) -> tuple[TokenScores, TokenScores, Result]:
     """Scores of both, and the second one's result."""
     with ReferenceStore(inputs.num_scored, inputs.model_config.vocab_size, "float32", None) as store:
         first, _ = measure(reference, "none", "float32", inputs, layout, store, None)

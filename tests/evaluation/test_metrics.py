@@ -60,5 +60,9 @@ def test_a_summary_has_mean_and_standard_error():
 def test_each_token_is_in_the_bucket_of_its_context():
     found = scores()
     parts = summarize_by_context(found, found)
-    assert [(part.first, part.last, part.summary.num_tokens) for part in parts] == [(1, 15, 15), (16, 31, 16), (32, 40, 9)]
+    assert [(part.first, part.last, part.summary.num_tokens) for part in parts] == [
+        (1, 15, 15),
+        (16, 31, 16),
+        (32, 40, 9),
+    ]
     assert parts[1].summary.kl.mean == found.kl[15:31].mean()

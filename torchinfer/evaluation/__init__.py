@@ -1,1 +1,1 @@
-"""How good a model is under a weight scheme and a cache dtype: `torchinfer eval`, and a model of lm-evaluation-harness."""
+"""What a weight scheme and a cache dtype cost: `torchinfer eval`, and a model of lm-evaluation-harness."""

@@ -106,6 +106,7 @@ def measure(
 ) -> tuple[TokenScores, Result]:
     """Measure a model with one cache dtype against what `store` and `reference` hold; without a reference, fill the
     store (if there is to be one)."""
+    logger.info("measuring %s / %s", scheme, cache_dtype)
     device, dtype, config = inputs.device, inputs.dtype, inputs.model_config
     caches = allocate_caches(cache_dtype, config, layout.num_pages, layout.page_size, dtype, device)
     driver = Driver(make_pass(model, caches, layout, device), layout, device)

@@ -1,4 +1,4 @@
-"""Plots as inline SVG. Colours come from the page's style sheet: class c0, c1, ... of a series; no reference leads out."""
+"""Plots as inline SVG. Colours are the page's: classes c0, c1, ... of its style sheet."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def _figure(x_axis: Axis, y_axis: Axis, body: Sequence[str]) -> str:
 def _error_bar(series: Series, point: Point, x_axis: Axis, y_axis: Axis) -> str:
     """Two standard errors to each side."""
     top, bottom = (y_axis.scale(point.y + factor * point.error) for factor in (2, -2))
-    return f'<path class="line c{series.colour % NUM_COLOURS}" d="M{x_axis.scale(point.x):.1f},{top:.1f} V{bottom:.1f}"/>'
+    return (
+        f'<path class="line c{series.colour % NUM_COLOURS}" d="M{x_axis.scale(point.x):.1f},{top:.1f} V{bottom:.1f}"/>'
+    )
 
 
 def _marks(series: Series, x_axis: Axis, y_axis: Axis) -> str:

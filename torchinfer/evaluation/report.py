@@ -20,16 +20,17 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a2abb5; --paper: #16191d; --rule: #363c44;
   --band: #1f242a; --k0: #56b4e9; --k1: #f28e4b; --k2: #3ecf9f; --k3: #e58cc6; --k4: #e3c64a; --k5: #93aef2;
   --k6: #d99a80; --k7: #bbb; } }
-body { margin: 0 auto; max-width: 960px; padding: 24px 20px 48px; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 1040px; padding: 24px 20px 48px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5em; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 1.1em; margin: 32px 0 6px; }
 p { margin: 6px 0; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.9em; }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--rule); }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: 0.87em; }
+th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; } tbody tr:nth-child(odd) { background: var(--band); }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-code, pre { font: 0.9em ui-monospace, monospace; } pre { background: var(--band); padding: 10px 12px; overflow-x: auto; }
-.plot { display: block; width: 100%; max-width: 760px; } .plot text { fill: var(--soft); font-size: 12px; }
+code, pre { font: 0.9em ui-monospace, monospace; } 
+pre { background: var(--band); padding: 10px 12px; overflow-x: auto; }
+.plot { display: block; width: 100%; max-width: 820px; } .plot text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); fill: none; }
 .line { stroke: var(--c); fill: none; stroke-width: 1.6; } .mark { fill: var(--c); stroke: var(--paper); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; padding: 0; list-style: none; } .key { vertical-align: -2px; }
@@ -78,8 +79,8 @@ def to_html(evaluation: Evaluation, command: str) -> str:
 
 
 NOTES = (
-    "The reference is the model as stored, with a cache of its own dtype. Change: of the perplexity against it. KL: mean "
-    "divergence of each token's distribution from the reference's, in nats; 0 is equal. Same top-1: share of tokens "
+    "The reference is the model as stored, with a cache of its own dtype. Change: of the perplexity against it. KL: "
+    "mean divergence of each token's distribution from the reference's, in nats; 0 is equal. Same top-1: share of tokens "
     "where both find the same token most probable. ±: one standard error, of tokens taken for independent. MB: 10<sup>6"
     "</sup> bytes; KV for 1,000 tokens. Prefill and decode: tokens a second in this evaluation, on a machine that may "
     "have had other work."
@@ -98,7 +99,9 @@ def _plots(compared: Sequence[Result]) -> Iterable[str]:
         ("Accuracy against bytes of cache", 1e3, "KV cache of 1,000 tokens, kB", "kv_bytes_per_1000_tokens"),
     ):
         series = [
-            Series(*look, (Point(getattr(result, field), result.overall.kl.mean, result.overall.kl.error, _tip(result)),))
+            Series(
+                *look, (Point(getattr(result, field), result.overall.kl.mean, result.overall.kl.error, _tip(result)),)
+            )
             for result, look in zip(compared, looks, strict=True)
         ]
         yield _section(heading, scatter(series, label, KL_LABEL, unit))
@@ -110,7 +113,9 @@ def _plots(compared: Sequence[Result]) -> Iterable[str]:
 
 def _looks(results: Sequence[Result]) -> list[tuple[int, int]]:
     """A colour for each scheme, a shape for each cache dtype."""
-    schemes, cache_dtypes = (list(dict.fromkeys(names)) for names in zip(*((r.scheme, r.kv) for r in results), strict=True))
+    schemes, cache_dtypes = (
+        list(dict.fromkeys(names)) for names in zip(*((r.scheme, r.kv) for r in results), strict=True)
+    )
     return [(schemes.index(result.scheme), cache_dtypes.index(result.kv)) for result in results]
 
 
@@ -125,7 +130,9 @@ def _tip(result: Result) -> str:
 
 def _context_points(result: Result) -> tuple[Point, ...]:
     return tuple(
-        Point(index, bucket.summary.kl.mean, bucket.summary.kl.error, f"{_tip(result)}; here {bucket.summary.kl.mean:.3g}")
+        Point(
+            index, bucket.summary.kl.mean, bucket.summary.kl.error, f"{_tip(result)}; here {bucket.summary.kl.mean:.3g}"
+        )
         for index, bucket in enumerate(result.by_context)
     )
 

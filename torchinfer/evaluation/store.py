@@ -43,7 +43,7 @@ def space_problems(num_bytes: int, folder: str | Path | None) -> list[str]:
 
 
 class ReferenceStore:
-    """[num_rows, vocab_size] logits; float16 holds their differences from the largest in the row. Use it with `with`."""
+    """[num_rows, vocab_size] logits; float16 holds differences from the largest in the row. Use it with `with`."""
 
     def __init__(self, num_rows: int, vocab_size: int, dtype: str, folder: str | Path | None) -> None:
         """
@@ -57,7 +57,9 @@ class ReferenceStore:
             os.posix_fallocate(self._file.fileno(), 0, needed_bytes(num_rows, vocab_size, dtype))
         except OSError as error:
             self._file.close()
-            raise ConfigError(f"no space for the reference's logits: {error}; name another folder with scratch") from error
+            raise ConfigError(
+                f"no space for the reference's logits: {error}; name another folder with scratch"
+            ) from error
 
     def write(self, row: int, logits: Tensor) -> None:
         """Put [N, vocab_size] float32 at `row`."""

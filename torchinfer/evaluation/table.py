@@ -59,20 +59,23 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def by_context(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """A heading, then a row for each range of context lengths."""
-    rows = [("context", "tokens", *(f"{result.scheme} / {result.kv}" for result in results))]
-    for index, bucket in enumerate(results[0].by_context):
-        values = [f"{result.by_context[index].summary.kl.mean:.3g}" for result in results]
-        rows.append((f"{bucket.first:,}-{bucket.last:,}", f"{bucket.summary.num_tokens:,}", *values))
+    """A heading with ranges of context lengths, how many tokens each has, then the KL of each pair."""
+    buckets = results[0].by_context
+    rows = [
+        ("weights", "KV cache", *(f"{bucket.first:,}-{bucket.last:,}" for bucket in buckets)),
+        ("tokens", "", *(f"{bucket.summary.num_tokens:,}" for bucket in buckets)),
+    ]
+    for result in results:
+        rows.append((result.scheme, result.kv, *(f"{bucket.summary.kl.mean:.3g}" for bucket in result.by_context)))
     return rows
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Names to the left, numbers to the right."""
+    """Two names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if index < 2 and not cell[:1].isdigit() else cell.rjust(width)
+            cell.ljust(width) if index < 2 else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -39,7 +39,12 @@ def load_scheme(
 
 
 def allocate_caches(
-    cache_dtype: str, model_config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    cache_dtype: str,
+    model_config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Tensor]:
     """One cache a layer, as `Decoder.forward` takes them."""
     assert cache_dtype in cache_dtypes(dtype), cache_dtype
