@@ -164,9 +164,7 @@ def _load(scheme: str, inputs: Inputs, options: EvaluationOptions) -> Decoder:
     )
 
 
-def _store(
-    options: EvaluationOptions, inputs: Inputs
-) -> ReferenceStore | contextlib.nullcontext[ReferenceStore | None]:
+def _store(options: EvaluationOptions, inputs: Inputs) -> contextlib.AbstractContextManager[ReferenceStore | None]:
     if inputs.num_pairs == 1:
         return contextlib.nullcontext()
     vocab_size = inputs.model_config.vocab_size

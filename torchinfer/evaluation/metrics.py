@@ -48,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Means over some tokens. `change` is that of ln perplexity, a mean of differences of tokens: its error is small."""
+    """Means over some tokens. `change` is that of ln perplexity, from differences of tokens: its error is small."""
 
     num_tokens: int
     perplexity: float

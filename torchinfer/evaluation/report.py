@@ -28,7 +28,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
 th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; } tbody tr:nth-child(odd) { background: var(--band); }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-code, pre { font: 0.9em ui-monospace, monospace; } 
+code, pre { font: 0.9em ui-monospace, monospace; }
 pre { background: var(--band); padding: 10px 12px; overflow-x: auto; }
 .plot { display: block; width: 100%; max-width: 820px; } .plot text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--rule); } .axis { stroke: var(--soft); fill: none; }
@@ -80,10 +80,10 @@ def to_html(evaluation: Evaluation, command: str) -> str:
 
 NOTES = (
     "The reference is the model as stored, with a cache of its own dtype. Change: of the perplexity against it. KL: "
-    "mean divergence of each token's distribution from the reference's, in nats; 0 is equal. Same top-1: share of tokens "
-    "where both find the same token most probable. ±: one standard error, of tokens taken for independent. MB: 10<sup>6"
-    "</sup> bytes; KV for 1,000 tokens. Prefill and decode: tokens a second in this evaluation, on a machine that may "
-    "have had other work."
+    "mean divergence of each token's distribution from the reference's, in nats; 0 is equal. Same top-1: share of "
+    "tokens where both find the same token most probable. ±: one standard error, of tokens taken for independent. "
+    "MB: a million bytes; KV for 1,000 tokens. Prefill and decode: tokens a second in this evaluation, on a machine "
+    "that may have had other work."
 )
 
 

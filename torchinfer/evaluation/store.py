@@ -72,7 +72,7 @@ class ReferenceStore:
         """[count, vocab_size] from `row` on, on the host."""
         values: NDArray[np.floating] = np.empty((count, self._vocab_size), self._dtype)
         self._seek(row)
-        found = self._file.readinto(values.data.cast("B"))  # type: ignore[attr-defined]
+        found = self._file.readinto(values.data.cast("B"))
         assert found == values.nbytes, (row, count)
         return torch.from_numpy(values)
 
