@@ -11,13 +11,14 @@ import torch
 
 from torchinfer import kernels
 from torchinfer.device import count_compilations, resolve_device
+from torchinfer.evaluation.driver import Driver
 from torchinfer.evaluation.evaluate import Result, evaluate, measure
 from torchinfer.evaluation.inputs import Inputs
 from torchinfer.evaluation.metrics import TokenScores
 from torchinfer.evaluation.options import EvaluationOptions
-from torchinfer.evaluation.passes import Layout
+from torchinfer.evaluation.passes import Layout, make_pass
 from torchinfer.evaluation.store import ReferenceStore
-from torchinfer.evaluation.variants import load_scheme, weight_bytes
+from torchinfer.evaluation.variants import allocate_caches, load_scheme, weight_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.decoder import Decoder
 
@@ -75,6 +76,17 @@ def test_perplexity_is_the_exponential_of_transformers_own_loss(tiny: Tiny, layo
         loss = tiny.theirs(ids, labels=ids).loss
     result = measure(tiny.load(), "none", "float32", inputs, layout, None, None)[1]
     assert result.overall.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [24, 600])
+def test_no_token_is_computed_twice(max_tokens, tiny: Tiny):
+    inputs = tiny.inputs(num_tokens=1200, context=250, stride=249)
+    layout = Layout.of(page_size=8, max_tokens=max_tokens, context=250)
+    caches = allocate_caches("float32", tiny.config, layout.num_pages, 8, torch.float32, inputs.device)
+    driver = Driver(make_pass(tiny.load(), caches, layout, inputs.device), layout, inputs.device)
+    num_scored = sum(len(scored.logits) for scored in driver.score(inputs.windows, [], inputs.token_ids))
+    assert num_scored == 1199
+    assert driver.num_tokens == sum(window.num_tokens for window in inputs.windows)
 
 
 def test_windows_begin_with_the_prefix(tiny: Tiny, layout: Layout):
