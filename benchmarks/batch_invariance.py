@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": 256, "progress": False}
     options["kv_cache_dtype"] = args.kv_cache_dtype
-    cache_dtype = tensors.resolve_dtype(args.kv_cache_dtype, DTYPES[args.dtype], torch.device("cpu"))
+    cache_dtype = tensors.resolve_cache_dtype(args.kv_cache_dtype, DTYPES[args.dtype], torch.device("cpu"))
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0, ignore_eos=True)
     rng = random.Random(0)
 

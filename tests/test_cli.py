@@ -104,7 +104,7 @@ def test_memory_is_a_share_or_a_size(text, value):
     assert memory(text) == value
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor", "eval"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

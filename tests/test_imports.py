@@ -22,6 +22,7 @@ HOMES = {
     "google_crc32c": ("torchinfer.fake_gcs_objects", "torchinfer.loader.checksum"),
     "gcsfs": ("torchinfer.loader.gcs",),
     "fsspec": (),
+    "lm_eval": ("torchinfer.evaluation.harness", "torchinfer.evaluation.lm_eval"),
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
@@ -30,6 +31,7 @@ WITHOUT_TORCH = (
     "torchinfer.engine_info",
     "torchinfer.engine_loop",
     "torchinfer.errors",
+    "torchinfer.evaluation.options",
     "torchinfer.kv_cache.pages",
     "torchinfer.kv_cache.prefix",
     "torchinfer.logit_edits",
@@ -44,6 +46,12 @@ LAYERS = (
     ("torchinfer.cli",),
     ("torchinfer.console",),
     ("torchinfer.serving",),
+    ("torchinfer.evaluation.report",),
+    ("torchinfer.evaluation.plot", "torchinfer.evaluation.table"),
+    ("torchinfer.evaluation.lm_eval", "torchinfer.evaluation.evaluate"),
+    ("torchinfer.evaluation.harness", "torchinfer.evaluation.inputs", "torchinfer.evaluation.driver"),
+    ("torchinfer.evaluation.metrics", "torchinfer.evaluation.passes", "torchinfer.evaluation.store"),
+    ("torchinfer.evaluation.variants", "torchinfer.evaluation.windows"),
     ("torchinfer.llm", "torchinfer.async_engine"),
     ("torchinfer.engine_loop",),
     ("torchinfer.startup",),
@@ -61,8 +69,15 @@ LAYERS = (
     BACKENDS,
     ("torchinfer.engine_info",),
     ("torchinfer.fake_gcs_objects",),
+    ("torchinfer.evaluation.options",),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
-    ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.quantized_weight", "torchinfer.weight_map"),
+    (
+        "torchinfer.errors",
+        "torchinfer.evaluation",
+        "torchinfer.kv_cache",
+        "torchinfer.quantized_weight",
+        "torchinfer.weight_map",
+    ),
 )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchinfer import LLM, ConfigError, Output, SamplingParams
-from torchinfer.kv_cache.tensors import allocate, page_bytes, resolve_dtype
+from torchinfer.kv_cache.tensors import allocate, page_bytes, resolve_cache_dtype
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
 
@@ -58,7 +58,7 @@ def test_prefix_hits_change_nothing(llm: LLM) -> None:
 def test_chunks_and_preemption_change_nothing(llm: LLM, model: ModelConfig) -> None:
     prompts = random_prompts(12, 1)
     name = {"int8": "int8", "float8_e4m3fn": "fp8"}[llm.model_info.kv_cache_dtype]
-    memory = 18 * page_bytes(model, 16, resolve_dtype(name, torch.float32, torch.device("cpu")))
+    memory = 18 * page_bytes(model, 16, resolve_cache_dtype(name, torch.float32, torch.device("cpu")))
     cramped = {"max_num_requests": 8, "max_num_batched_tokens": 13, "max_model_len": 160, "kv_cache_memory": memory}
     with LLM(CHECKPOINT, **OPTIONS, **cramped, kv_cache_dtype=name, prefix_cache=False) as other:
         assert ids(other.generate(prompts, GREEDY)) == ids(llm.generate(prompts, GREEDY))
@@ -110,10 +110,10 @@ def test_the_dtype_is_logged_and_told(options: dict[str, str], stored: str, capl
 
 
 def test_auto_is_the_models_dtype() -> None:
-    assert resolve_dtype("auto", torch.float16, torch.device("cpu")) == torch.float16
+    assert resolve_cache_dtype("auto", torch.float16, torch.device("cpu")) == torch.float16
 
 
 def test_fp8_on_a_device_that_lacks_it_is_refused() -> None:
     # A device without any values cannot give one back.
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8' stores torch.float8_e4m3fn, which meta.*use int8"):
-        resolve_dtype("fp8", torch.float32, torch.device("meta"))
+        resolve_cache_dtype("fp8", torch.float32, torch.device("meta"))

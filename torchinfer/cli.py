@@ -1,4 +1,4 @@
-"""The `torchinfer` command: generate, serve, client, inspect, doctor.
+"""The `torchinfer` command: generate, serve, client, inspect, doctor, eval.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
 Whatever takes long to import is imported by the command that needs it.
@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from typing import Any
 from torchinfer.config import DEVICES, DTYPES, KV_CACHE_DTYPES, MOE_MODES, EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
+from torchinfer.evaluation import options as evaluation
 from torchinfer.flags import FlagSet
 from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
@@ -133,7 +135,7 @@ Reads parts of the files, and drops them from the page cache before."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv, argparse.Namespace(argv=sys.argv[1:] if argv is None else argv))
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("torchinfer").setLevel(arguments.log_level.upper())
     try:
@@ -164,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_client(commands)
     _add_inspect(commands)
     _add_doctor(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -214,6 +217,14 @@ def _add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_doctor)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(commands, "eval", "measure what quantization costs, on a text", evaluation.EXAMPLES)
+    parser.usage = "torchinfer eval --model DIR --text FILE [options]"
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    evaluation.EVALUATION.add_to(parser)
+    parser.set_defaults(run=_eval)
 
 
 def _command(
@@ -299,6 +310,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = diagnose(arguments.path, arguments.seconds)
     print(json.dumps(diagnosis.to_dict(), indent=2) if arguments.json else diagnosis.to_text())
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    options = evaluation.EvaluationOptions(**evaluation.EVALUATION.values(arguments))
+    from torchinfer.evaluation.evaluate import evaluate
+    from torchinfer.evaluation.report import write_report
+    from torchinfer.evaluation.table import to_text
+
+    found = evaluate(options)
+    if options.report is not None:
+        write_report(found, shlex.join(["torchinfer", *arguments.argv]), options.report)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else to_text(found))
     return 0
 
 

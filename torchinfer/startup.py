@@ -24,7 +24,7 @@ from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
-from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_dtype
+from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_cache_dtype
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
@@ -53,8 +53,8 @@ def start_engine(config: EngineConfig) -> Engine:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
-    dtype = _resolve_dtype(config.dtype, checkpoint.config)
-    kv_cache_dtype = resolve_dtype(config.kv_cache_dtype, dtype, device)
+    dtype = resolve_dtype(config.dtype, checkpoint.config)
+    kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
     model = load_model(
         checkpoint,
@@ -135,7 +135,7 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return length
 
 
-def _resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:

@@ -20,7 +20,7 @@ DTYPES = {  # of what EngineConfig.kv_cache_dtype names, auto aside
 SCALED = (torch.int8, torch.float8_e4m3fn)  # with a scale for each token and KV head
 
 
-def resolve_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_cache_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that `kv_cache_dtype` names; auto is the model's.
 
     Raises:

@@ -45,6 +45,15 @@ def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: t
     Raises:
         ConfigError: with every name, pattern and shape that does not fit.
     """
+    for matrix, scheme in choose_schemes(model, request, device):
+        hold(model, matrix, scheme)
+    logger.info("%s", describe(model))
+
+
+def choose_schemes(
+    model: nn.Module, request: str | Mapping[str, str], device: torch.device
+) -> list[tuple[MatrixName, Scheme]]:
+    """The matrices that a request quantizes; raises as `quantize_model`."""
     patterns = {"*": request} if isinstance(request, str) else dict(request)
     raise_all(_unknown(patterns), ConfigError, "quantization")
     matrices = list(matrices_of(model))
@@ -56,9 +65,7 @@ def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: t
     ]
     problems += _unsupported({scheme.values for _, scheme in chosen}, device)
     raise_all(shorten(problems), ConfigError, f"quantization={request!r}")
-    for matrix, scheme in chosen:
-        hold(model, matrix, scheme)
-    logger.info("%s", describe(model))
+    return chosen
 
 
 def matrices_of(model: nn.Module) -> Iterator[MatrixName]:
