@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
 INT8_MAX, FP8_MAX = 127.0, 448.0
+INT8_MIN = -128.0  # a scale that comes with the checkpoint may be too small for some inputs
 SMALLEST_SCALE = 1e-20  # of a token that is all zeros
-# 127 * 127 * 1024 < 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
+# 128 * 128 * 1024 = 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
 EXACT_COLUMNS = 1024
 
 
@@ -46,7 +47,7 @@ def quantize_rows(x: Tensor, kind: str, scale: Tensor | None = None) -> tuple[Te
     numbers = x.float()
     if scale is None:
         scale = (numbers.abs().amax(1, keepdim=True) / limit).clamp(min=SMALLEST_SCALE)
-    numbers = (numbers / scale).clamp(-limit, limit)
+    numbers = (numbers / scale).clamp(INT8_MIN if kind == "int8" else -limit, limit)
     return (numbers.round() if kind == "int8" else numbers).to(dtype), scale
 
 
