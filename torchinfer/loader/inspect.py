@@ -108,8 +108,9 @@ def inspect(path: str | Path) -> Inspection:
         with torch.device("meta"):
             model = build_model(config)
         try:
-            tensors, quantization = _hold(model, checkpoint, problems)
-            problems += place(model, tensors)[1]
+            tensors, quantization, found = _hold(model, checkpoint)
+            # What cannot be held would be missing, too.
+            problems += found or place(model, tensors)[1]
             num_parameters = model.num_parameters() if checkpoint.quantization is not None else num_parameters
         except UnsupportedModelError as error:
             unsupported = str(error)
@@ -140,15 +141,12 @@ def _read_config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None
         return None, str(error)
 
 
-def _hold(
-    model: nn.Module, checkpoint: Checkpoint, problems: list[str]
-) -> tuple[Mapping[str, TensorEntry], str | None]:
-    """Let the model hold its matrices as the checkpoint does: the tensors that are loaded, and a summary."""
+def _hold(model: nn.Module, checkpoint: Checkpoint) -> tuple[Mapping[str, TensorEntry], str | None, list[str]]:
+    """Let the model hold its matrices as the checkpoint does: the tensors that are loaded, a summary, problems."""
     if checkpoint.quantization is None:
-        return checkpoint.tensors, None
-    published, found = plan_published(model, checkpoint)
-    problems += found
-    return published.checkpoint.tensors, published.summary
+        return checkpoint.tensors, None, []
+    published, problems = plan_published(model, checkpoint)
+    return published.checkpoint.tensors, published.summary, problems
 
 
 def _method(quantization: Any) -> str:

@@ -120,7 +120,10 @@ def place(
     known = {name for placements in expected.values() for name in placements}
     unexpected = [quoted(name) for name in _unexpected(tensors, known, _ignored(model))]
     problems = [*_listed(missing, "missing"), *_listed(unexpected, "unexpected")]
-    if shard.world > 1 and any(module.sources for module in _matrices(model).values()):
+    is_quantized = any(matrix.sources for matrix in _matrices(model).values())
+    if missing and is_quantized:
+        problems[0] += "; quantization_config says that they are there: download the checkpoint again, or correct it"
+    if shard.world > 1 and is_quantized:
         problems.append(f"a checkpoint that comes quantized is read by one process, not divided among {shard.world}")
     cut = {name: _with_cut(placement, state, tensors[name], shard) for name, placement in chosen.items()}
     return cut, [*problems, *_unfit(cut, state, tensors)]

@@ -91,10 +91,10 @@ def _layouts(matrices: list[MatrixName], found: Format) -> tuple[list[_Held], li
         elif recipe is not None and not own:
             columns = matrix.shape[-1]
             own = [f"{quoted(matrix.layers[0])}: {text}" for text in recipe.problems(matrix.part_rows, columns)]
-            scheme, sources = (None, ()) if own else recipe.layout(matrix.part_rows, columns)
-            own += _unheld(matrix, scheme)
-            if scheme is not None:
-                held.append((matrix, scheme, sources))
+            if not own:
+                scheme, sources = recipe.layout(matrix.part_rows, columns)
+                own = _unheld(matrix, scheme)
+                held += [] if own else [(matrix, scheme, sources)]
         problems += own
     return held, kept, problems
 
@@ -109,14 +109,14 @@ def _disagreements(recipes: Mapping[str, object], matrix: MatrixName) -> list[st
     return [f"{both} are one matrix here and must be quantized alike: take another copy of the checkpoint"]
 
 
-def _unheld(matrix: MatrixName, scheme: Scheme | None) -> list[str]:
+def _unheld(matrix: MatrixName, scheme: Scheme) -> list[str]:
     found = []
     if matrix.is_reordered:
         found.append(
             f"{quoted(matrix.layers[0])} has its outputs in another order than here, and quantized ones are not "
             "reordered: take an unquantized copy of the checkpoint"
         )
-    if scheme is not None and scheme.input_bound is not None and len(matrix.shape) > 2:
+    if scheme.input_bound is not None and len(matrix.shape) > 2:
         found.append(
             f"{quoted(matrix.layers[0])}: experts with activation_scale_ub are not supported: take an "
             "unquantized copy of the checkpoint"

@@ -32,9 +32,15 @@ SIZES: dict[str, Any] = {
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama-biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "qwen3-moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, norm_topk_prob=True),
     "falcon": lambda: transformers.FalconConfig(
-        vocab_size=160, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=160,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
     ),
 }
 # Layers that no tool quantizes unless it is told to.
@@ -79,7 +85,11 @@ class Bed:
     def logits(self) -> Tensor:
         """Ours, of the quantized checkpoint."""
         self.folder()
-        return PagedDriver(self.load()).step({"a": PROMPT})["a"]
+        return self.logits_of(self.load())
+
+    def logits_of(self, model: Decoder) -> Tensor:
+        """Of the prompt that the reference gets too."""
+        return PagedDriver(model).step({"a": PROMPT})["a"]
 
     def expected_logits(self) -> Tensor:
         """transformers' own model, of what the quantized checkpoint stands for."""

@@ -11,7 +11,6 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from torchinfer.errors import CheckpointError, UnsupportedModelError
 from torchinfer.testing import assert_close
 
 INT8 = {"num_bits": 8, "type": "int"}
