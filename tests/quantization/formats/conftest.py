@@ -77,10 +77,11 @@ class Bed:
         """Write the quantized checkpoint."""
         return self._write("quantized", self.tensors, {key: self.settings if settings is None else settings})
 
-    def load(self) -> Decoder:
+    def load(self, device: torch.device | None = None) -> Decoder:
         """Ours, from what was written last."""
         checkpoint = Checkpoint.open(self.root / "quantized")
-        return load_model(checkpoint, ModelConfig.from_dict(checkpoint.config), torch.float32, torch.device("cpu"))
+        device = device or torch.device("cpu")
+        return load_model(checkpoint, ModelConfig.from_dict(checkpoint.config), torch.float32, device)
 
     def logits(self) -> Tensor:
         """Ours, of the quantized checkpoint."""

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors import BaseCompressor, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from torchinfer.device import resolve_device
 from torchinfer.testing import assert_close
 
 INT8 = {"num_bits": 8, "type": "int"}
@@ -158,3 +159,36 @@ def test_experts_with_static_inputs_are_read(make_bed):
         down = f"{prefix}.{expert}.down_proj"
         expected.append(rounded(inner, True, scales[down]) @ bed.numbers[down].T)
     assert_close(experts(x, torch.full((3,), 2, dtype=torch.int32)), torch.cat(expected))
+
+
+def test_groups_in_order_may_be_written_as_minus_one(bed):
+    writer = Writer(*WEIGHT_ONLY["int4 groups"])
+    bed.quantize(writer, writer.settings)
+    writer.settings["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    for layer, numbers in bed.numbers.items():
+        bed.tensors[f"{layer}.weight_g_idx"] = torch.full((numbers.shape[1],), -1, dtype=torch.int32)
+    assert_close(bed.logits(), bed.expected_logits())
+
+
+def test_zero_points_that_are_not_packed_are_read(bed):
+    # As packages before 0.9 wrote them.
+    writer = Writer(*WEIGHT_ONLY["int4 groups asymmetric"])
+    bed.quantize(writer, writer.settings)
+    for layer, numbers in bed.numbers.items():
+        packed = bed.tensors[f"{layer}.weight_zero_point"]
+        shape = torch.Size((numbers.shape[0], numbers.shape[1] // 32))
+        bed.tensors[f"{layer}.weight_zero_point"] = unpack_from_int32(packed, 4, shape, packed_dim=0)
+    assert_close(bed.logits(), bed.expected_logits())
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("case", ["int4 groups asymmetric order", "int8 packed groups asymmetric", "int8"])
+def test_tensors_on_xla_equal_those_on_the_cpu(bed, case):
+    writer = Writer(*WEIGHT_ONLY[case])
+    bed.quantize(writer, writer.settings)
+    bed.folder()
+    expected = bed.load().state_dict()
+    found = bed.load(resolve_device("xla")).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].cpu(), tensor, rtol=0, atol=0)

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchinfer.config import EngineConfig
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint, load_model
 from torchinfer.loader.inspect import inspect
 from torchinfer.models.config import ModelConfig
+from torchinfer.startup import start_engine
 from torchinfer.testing import assert_close
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -190,6 +192,15 @@ def test_settings_that_are_no_object_are_refused(int8):
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": "int8"}))
     with pytest.raises(CheckpointError, match="'int8'"):
         int8.load()
+
+
+def test_the_engine_takes_the_dtype_of_the_config(int8):
+    folder = int8.folder()
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "bfloat16"}))
+    engine = start_engine(EngineConfig(model=str(folder), device="cpu", kv_cache_memory=1 << 20))
+    assert engine.info.dtype == "bfloat16"
+    assert engine.info.num_parameters == inspect(folder).num_parameters
 
 
 def test_inspect_tells_how_a_checkpoint_comes_quantized(int8):

@@ -22,11 +22,6 @@ def unpack_words(packed: Tensor, bits: int) -> Tensor:
     return torch.stack((found & 15, found >> 4), -1).flatten(-2) if bits == 4 else found
 
 
-def pack_nibbles(numbers: Tensor) -> Tensor:
-    """uint8 [R, C] below 16 -> uint8 [R, C / 2]."""
-    return numbers[:, 0::2] | (numbers[:, 1::2] << 4)
-
-
 def to_int8(numbers: Tensor) -> Tensor:
     """uint8 that stand for themselves less 128 -> int8."""
     return (numbers ^ 128).view(torch.int8)
