@@ -64,7 +64,8 @@ def plan_published(
         logger.info("%s: %s", found.method, note)
     held, kept, problems = _layouts(list(matrices_of(model)), found)
     if device is not None:
-        problems += unsupported({scheme.values for _, scheme, _ in held}, device)
+        dtypes = {scheme.values for _, scheme, _ in held}
+        problems += unsupported(dtypes, device, "use another device, or an unquantized copy of the checkpoint")
     for matrix, scheme, sources in held:
         hold(model, matrix, scheme, sources)
     layers = [layer for matrix, _, _ in held for layer in matrix.layers]

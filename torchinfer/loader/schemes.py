@@ -138,10 +138,10 @@ def _pattern_of(layer: str, patterns: Mapping[str, str]) -> str | None:
     return next((p for p in patterns if p == layer or (layer != HEAD and fnmatchcase(layer, p))), None)
 
 
-def unsupported(dtypes: set[torch.dtype], device: torch.device) -> list[str]:
+def unsupported(dtypes: set[torch.dtype], device: torch.device, way_out: str = "use int8") -> list[str]:
     """The dtypes that this torch does not have on the device, as problems."""
     return [
-        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: use int8"
+        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: {way_out}"
         for dtype in sorted(dtypes, key=str)
         if not has_dtype(dtype, device)
     ]

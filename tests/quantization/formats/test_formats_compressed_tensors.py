@@ -181,6 +181,20 @@ def test_zero_points_that_are_not_packed_are_read(bed):
     assert_close(bed.logits(), bed.expected_logits())
 
 
+def test_layers_may_be_of_several_formats(bed):
+    attention, rest = Writer(*WEIGHT_ONLY["int4 groups"]), Writer(*WEIGHT_ONLY["fp8 blocks"])
+    group, other = (writer.settings["config_groups"]["group_0"] for writer in (attention, rest))
+    groups = {
+        "group_0": {**group, "targets": ["re:.*self_attn.*"], "format": attention.kind},
+        "group_1": {**other, "format": rest.kind},
+    }
+    layers = bed.layers()
+    bed.quantize(attention, {}, [layer for layer in layers if "self_attn" in layer])
+    settings = {**rest.settings, "format": "mixed-precision", "config_groups": groups}
+    bed.quantize(rest, settings, [layer for layer in layers if "self_attn" not in layer])
+    assert_close(bed.logits(), bed.expected_logits())
+
+
 @pytest.mark.xla
 @pytest.mark.parametrize("case", ["int4 groups asymmetric order", "int8 packed groups asymmetric", "int8"])
 def test_tensors_on_xla_equal_those_on_the_cpu(bed, case):

@@ -63,6 +63,8 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     settings.skip("bits group_size format version")
     settings.must_be("zero_point", True)
     settings.must_be("desc_act", False)
+    settings.must_be("method", "awq")
+    settings.must_be("pack_dtype", "int32")
     recipe = Awq(group)
     return Format("awq", partial(by_name, recipe, dtypes), checks={".bias": all_zeros})
 

@@ -51,10 +51,14 @@ class _Group:
 
 def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     """Also under the older key compression_config."""
-    settings.skip("global_compression_ratio version quant_method")
+    settings.skip("global_compression_ratio version quant_method run_compressed")
     settings.must_be("quantization_status", "compressed", "frozen")
     settings.must_be("transform_config", {})
-    settings.must_be("sparsity_config", {}, {"format": "dense"})
+    sparsity = settings.section("sparsity_config")
+    if sparsity is not None and sparsity.raw:
+        sparsity.must_be("format", "dense")
+        sparsity.skip("global_sparsity sparsity_structure registry_requires_subclass targets ignore")
+        sparsity.finish()
     settings.must_be("moe_sparsity_config", {})
     kind = settings.choice("format", (*FORMATS, MIXED))
     ignored = settings.names("ignore")

@@ -97,6 +97,7 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     written = "checkpoint_format" if settings.raw.get("checkpoint_format") is not None else "format"
     kind = settings.choice(written, (V1, V2), V1)
     settings.skip("checkpoint_format format")
+    settings.must_be("method", "gptq")
     settings.must_be("is_marlin_format", False)
     settings.must_be("pack_dtype", "int32")
     overrides = settings.get("dynamic") or {}
