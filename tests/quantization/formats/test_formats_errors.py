@@ -14,6 +14,9 @@ from torchinfer.config import EngineConfig
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint, load_model
 from torchinfer.loader.inspect import inspect
+from torchinfer.loader.placement import Shard, place
+from torchinfer.loader.published import hold_published
+from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.startup import start_engine
 from torchinfer.testing import assert_close
@@ -218,3 +221,12 @@ def test_inspect_names_what_is_wrong(int8):
     unsupported = inspect(int8.folder({"quant_method": "hqq"}))
     assert "'hqq'" in str(unsupported.unsupported)
     assert unsupported.quantization == "hqq"
+
+
+def test_a_part_of_a_quantized_checkpoint_is_refused(int8):
+    checkpoint = Checkpoint.open(int8.folder())
+    with torch.device("meta"):
+        model = build_model(ModelConfig.from_dict(checkpoint.config))
+    checkpoint = hold_published(model, checkpoint, torch.device("cpu"))
+    _, problems = place(model, checkpoint.tensors, Shard(0, 2))
+    assert any("read by one process" in problem and "2" in problem for problem in problems)
