@@ -23,9 +23,11 @@ DEV = [
     *SERVING,
     *EVAL,
     "accelerate>=1.0",  # for lm-eval's `hf` model, with which tests compare
+    "compressed-tensors==0.15.0.1",  # the truth of its format in tests; later ones want torch 2.10
     "grpcio-tools==1.72.1",
     "hypothesis>=6.100",
     "mypy>=1.18",
+    "psutil",  # compressed-tensors imports it without asking for it
     "pytest>=8.4",
     "ruff==0.17.5",
     "setuptools>=77",

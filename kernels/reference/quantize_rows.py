@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest number of a row becomes
+LEAST = {torch.int8: -128.0, torch.float8_e4m3fn: -448.0}
 
 
 def quantize_rows(
@@ -18,5 +19,5 @@ def quantize_rows(
     rows, largest = rows.float(), LARGEST[dtype]
     if scale is None:
         scale = (rows.abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-    scaled = (rows / scale[..., None]).clamp(-largest, largest)
+    scaled = (rows / scale[..., None]).clamp(LEAST[dtype], largest)
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-# 127 * 127 * 1024 < 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
+# 128 * 128 * 1024 = 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
 EXACT_COLUMNS = 1024
 
 

@@ -167,7 +167,7 @@ def test_weights_that_are_not_finite_are_refused(wrong: float, folder: Path, tmp
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = wrong
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down\.weight\.scale has scales from .*(nan|inf)"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down\.weight\.scale' has scales from .*(nan|inf)"):
         load(tmp_path, "int8")
 
 

@@ -24,6 +24,9 @@ from torchinfer.tokenizer import VOCABULARY_FILES
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Files of older tools -> the method that they are about.
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -41,6 +44,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     stats: dict[str, FileStat]  # of the files that hold tensors: what is read must be of this version
     has_tokenizer: bool
+    quantization: Any = None  # what config.json, or a file beside it, says of tensors that come quantized
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -106,7 +110,8 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     tensors = {entry.name: entry for header in headers for entry in header.entries}
     stats = {header.shard: header.stat for header in headers}
     has_tokenizer = any(name in names for name in VOCABULARY_FILES)
-    return Checkpoint(source, config, generation, tensors, stats, has_tokenizer), problems
+    quantization = _read_quantization(source, names, config, problems)
+    return Checkpoint(source, config, generation, tensors, stats, has_tokenizer, quantization), problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,16 @@ def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]
     except CheckpointError as error:
         problems.append(str(error))
         return {}
+
+
+def _read_quantization(source: Source, names: list[str], config: dict[str, Any], problems: list[str]) -> Any:
+    for key in QUANTIZATION_KEYS:
+        if config.get(key) is not None:
+            return config[key]
+    for name, method in QUANTIZATION_FILES.items():
+        if name in names:
+            return {"quant_method": method, **_read_json(source, name, problems)}
+    return None
 
 
 def _scan_tensors(source: Source, names: list[str], problems: list[str]) -> list[_Header]:

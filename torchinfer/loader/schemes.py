@@ -37,6 +37,7 @@ class MatrixName:
     shape: tuple[int, ...]
     layers: tuple[str, ...]  # the checkpoint's names, without ".weight"
     part_rows: tuple[int, ...]
+    is_reordered: bool  # the checkpoint has its rows in another order
 
 
 def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: torch.device) -> None:
@@ -63,7 +64,7 @@ def choose_schemes(
         for matrix, scheme in chosen
         for problem in scheme.problems(matrix.part_rows, matrix.shape[-1])
     ]
-    problems += _unsupported({scheme.values for _, scheme in chosen}, device)
+    problems += unsupported({scheme.values for _, scheme in chosen}, device)
     raise_all(shorten(problems), ConfigError, f"quantization={request!r}")
     return chosen
 
@@ -77,7 +78,8 @@ def matrices_of(model: nn.Module) -> Iterator[MatrixName]:
             continue
         shape = tuple(owner.get_parameter(parameter.rpartition(".")[2]).shape)
         layers = tuple(name.removesuffix(".weight") for name in placements)
-        yield MatrixName(parameter, shape, layers, _part_rows(placements, shape[-2]))
+        is_reordered = any(placement.convert is not None for placement in placements.values())
+        yield MatrixName(parameter, shape, layers, _part_rows(placements, shape[-2]), is_reordered)
 
 
 def hold(model: nn.Module, matrix: MatrixName, scheme: Scheme, sources: tuple[Source, ...] = ()) -> None:
@@ -144,10 +146,10 @@ def _pattern_of(layer: str, patterns: Mapping[str, str]) -> str | None:
     return next((p for p in patterns if p == layer or (layer != HEAD and fnmatchcase(layer, p))), None)
 
 
-def _unsupported(dtypes: set[torch.dtype], device: torch.device) -> list[str]:
-    """The dtypes that this torch does not have on the device."""
+def unsupported(dtypes: set[torch.dtype], device: torch.device, way_out: str = "use int8") -> list[str]:
+    """The dtypes that this torch does not have on the device, as problems."""
     return [
-        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: use int8"
+        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: {way_out}"
         for dtype in sorted(dtypes, key=str)
         if not has_dtype(dtype, device)
     ]

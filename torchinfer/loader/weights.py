@@ -23,6 +23,7 @@ from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import WHOLE, Placement, Shard, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
@@ -100,8 +101,15 @@ def load_model(
     """
     with torch.device("meta"):
         model = build_model(model_config, moe_mode, moe_capacity_factor)
+    if quantization is not None and checkpoint.quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization!r}: {checkpoint.address} comes quantized already (its quantization_config): "
+            "leave the option out, or take a checkpoint that is not quantized"
+        )
     if quantization is not None:
         quantize_model(model, quantization, device)
+    elif checkpoint.quantization is not None:
+        checkpoint = hold_published(model, checkpoint, device)
     load_weights(model, checkpoint, dtype, device, progress, options)
     return model.eval()
 

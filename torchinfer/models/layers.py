@@ -47,6 +47,9 @@ class Linear(Layer):
         """[N, in] -> [N, out]."""
         if isinstance(self.weight, nn.Parameter):
             return functional.linear(x, self.weight, self.bias)
+        bound = self.weight.scheme.input_bound
+        if bound is not None:
+            x = x.clamp(-bound, bound)
         product = kernels.quantized_matmul(x, self.weight())
         return product if self.bias is None else product + self.bias
 
