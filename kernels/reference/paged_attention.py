@@ -178,4 +178,4 @@ def _times(x: Tensor, shared: Tensor) -> Tensor:
     """[A, B, N, I] times [A, B or 1, I, J]; what B queries share is not copied for each."""
     if shared.shape[1] == x.shape[1]:
         return torch.matmul(x, shared)
-    return torch.matmul(x.flatten(1, 2), shared[:, 0]).unflatten(1, x.shape[1:3])
+    return torch.matmul(x.flatten(1, 2), shared[:, 0]).view(*x.shape[:3], -1)
