@@ -20,6 +20,7 @@ SERVING = [
 XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]
 DEV = [
     *SERVING,
+    "compressed-tensors==0.15.0.1",  # reads back what is written; later ones need torch 2.10
     "grpcio-tools==1.72.1",
     "hypothesis>=6.100",
     "mypy>=1.18",

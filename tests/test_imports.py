@@ -52,6 +52,7 @@ LAYERS = (
     ("torchinfer.runner",),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
+    ("torchinfer.writer",),
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),

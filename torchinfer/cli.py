@@ -1,4 +1,4 @@
-"""The `torchinfer` command: generate, serve, client, inspect, doctor.
+"""The `torchinfer` command: generate, serve, client, inspect, doctor, quantize.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
 Whatever takes long to import is imported by the command that needs it.
@@ -21,7 +21,7 @@ from typing import Any
 from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
-from torchinfer.flags import FlagSet
+from torchinfer.flags import FlagSet, quantization
 from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
 
@@ -129,6 +129,14 @@ DOCTOR_EXAMPLES = """examples:
 
 Reads parts of the files, and drops them from the page cache before."""
 
+QUANTIZE_EXAMPLES = """examples:
+  torchinfer quantize path/to/checkpoint path/to/new --scheme int8
+  torchinfer quantize gs://bucket/checkpoint new --scheme 'model.layers.*.mlp.*=int4' --scheme int8
+  torchinfer serve --model path/to/new
+
+Writes the compressed-tensors format, which transformers and other programs read too. What was stopped goes on when the
+same command is given again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
@@ -163,6 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_client(commands)
     _add_inspect(commands)
     _add_doctor(commands)
+    _add_quantize(commands)
     return parser
 
 
@@ -213,6 +222,23 @@ def _add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_doctor)
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = _command(commands, "quantize", "write a quantized copy of a checkpoint", QUANTIZE_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or gs://bucket/prefix")
+    parser.add_argument("output", metavar="OUT", help="folder to create; until all is there it is OUT.partial")
+    parser.add_argument(
+        "--scheme",
+        action="append",
+        required=True,
+        metavar="[PATTERN=]SCHEME",
+        help="int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, int4_g32, none; with a pattern such as "
+        "'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, the first that fits counts",
+    )
+    names = ("load_memory", "load_readers", "load_direct", "verify", "progress")
+    ENGINE.add_to(parser, names)
+    parser.set_defaults(run=_quantize)
 
 
 def _command(
@@ -298,6 +324,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = diagnose(arguments.path, arguments.seconds)
     print(json.dumps(diagnosis.to_dict(), indent=2) if arguments.json else diagnosis.to_text())
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    config = EngineConfig(
+        model=arguments.model, quantization=quantization(arguments.scheme), **ENGINE.values(arguments)
+    )
+    from torchinfer.loader import LoadOptions
+    from torchinfer.writer.quantize import quantize_checkpoint
+
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
+    assert config.quantization is not None
+    try:
+        report = quantize_checkpoint(
+            config.model, arguments.output, config.quantization, options=options, progress=config.progress
+        )
+    except KeyboardInterrupt:
+        print(f"\nwhat is complete is in {arguments.output}.partial; give the same command to go on", file=sys.stderr)
+        raise
+    print(report)
     return 0
 
 
