@@ -12,9 +12,11 @@ from torchinfer import LLM, SamplingParams
 from torchinfer.cli import ENGINE, SAMPLING, SERVER, build_parser, main
 from torchinfer.errors import CheckpointError
 from torchinfer.flags import memory
+from torchinfer.loader import Checkpoint
 
 MODEL = Path(__file__).parents[1] / "recipes" / "tiny-llama"
 GENERATE = ["generate", "--model", str(MODEL), "--device", "cpu", "--dtype", "float32", "--temperature", "0"]
+NORM = "model.layers.0.input_layernorm.weight"
 needs_model = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason=f"needs the checkpoint {MODEL}")
 
 ENGINE_FLAGS = {
@@ -22,6 +24,7 @@ ENGINE_FLAGS = {
     "device": ("--device cpu", "cpu"),
     "dtype": ("--dtype float16", "float16"),
     "quantization": ("--quantization *.mlp.*=int4 --quantization int8", {"*.mlp.*": "int4", "*": "int8"}),
+    "calibration": ("--calibrate text", "text"),
     "max_model_len": ("--max-model-len 99", 99),
     "max_num_requests": ("--max-concurrent 7", 7),
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
@@ -147,6 +150,10 @@ def test_wrong_usage_exits_with_2(argv, text, capsys):
         (["doctor", "/tmp", "--seconds", "0"], "seconds=0 must be more than 0"),
         (["quantize", "/nowhere", "out", "--scheme", "int8"], "torchinfer: error: '/nowhere' does not exist"),
         (["quantize", "m", "out", "--scheme", "int8", "--load-memory", "1MB"], "load_memory=1000000 must be at least"),
+        (
+            ["quantize", "m", "out", "--scheme", "int8", "--calibrate", "t"],
+            "calibration='t' is for quantization int8_w8a8",
+        ),
         (["serve", "--model", "m", "--port", "70000"], "port=70000"),
         (["client", "--target", "localhost:1", "--prompt", "x"], "torchinfer: error: "),
     ],
@@ -247,6 +254,16 @@ def test_quantize_writes_a_checkpoint_and_one_line(tmp_path, capsys):
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert section["format"] == "pack-quantized"
     assert "model.layers.0.self_attn.q_proj" in section["ignore"]
+
+
+@needs_model
+def test_quantize_takes_a_text_to_calibrate_with(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("def main():\n    pass\n")
+    argv = ["quantize", str(MODEL), str(tmp_path / "out"), "--scheme", "int8_w8a8"]
+    assert main([*argv, "--calibrate", str(tmp_path / "text.txt")]) == 0
+    before, after = Checkpoint.open(MODEL), Checkpoint.open(tmp_path / "out")
+    assert not after.read(NORM).equal(before.read(NORM))
+    assert capsys.readouterr().err == ""
 
 
 @needs_model

@@ -53,6 +53,7 @@ LAYERS = (
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
     ("torchinfer.writer",),
+    ("torchinfer.calibration",),
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),

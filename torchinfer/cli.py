@@ -35,6 +35,8 @@ ENGINE = FlagSet(
         "quantization": "weights, while they are loaded: int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, "
         "int4_g32, none; with a pattern such as 'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, "
         "the first that fits counts (default: as they are)",
+        "calibration": "text file, for int8_w8a8: the unquantized model is run over its beginning, and what is found "
+        "evens out the channels that are rounded to int8",
         "max_model_len": "tokens of prompt and output together (default: the model's context)",
         "max_num_requests": "requests running at once, samples counted",
         "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
@@ -53,7 +55,11 @@ ENGINE = FlagSet(
         "progress": "progress bars on standard error, if it is a terminal",
     },
     choices={"device": DEVICES, "dtype": DTYPES, "moe_mode": MOE_MODES},
-    names={"seed": ("--engine-seed",), "max_num_requests": ("--max-num-requests", "--max-concurrent")},
+    names={
+        "calibration": ("--calibrate",),
+        "seed": ("--engine-seed",),
+        "max_num_requests": ("--max-num-requests", "--max-concurrent"),
+    },
 )
 
 SAMPLING = FlagSet(
@@ -132,7 +138,7 @@ Reads parts of the files, and drops them from the page cache before."""
 QUANTIZE_EXAMPLES = """examples:
   torchinfer quantize path/to/checkpoint path/to/new --scheme int8
   torchinfer quantize gs://bucket/checkpoint new --scheme 'model.layers.*.mlp.*=int4' --scheme int8
-  torchinfer serve --model path/to/new
+  torchinfer quantize path/to/checkpoint path/to/new --scheme int8_w8a8 --calibrate text.txt
 
 Writes the compressed-tensors format, which transformers and other programs read too. What was stopped goes on when the
 same command is given again."""
@@ -236,7 +242,7 @@ def _add_quantize(commands: Any) -> None:
         help="int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, int4_g32, none; with a pattern such as "
         "'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, the first that fits counts",
     )
-    names = ("load_memory", "load_readers", "load_direct", "verify", "progress")
+    names = ("calibration", "load_memory", "load_readers", "load_direct", "verify", "progress")
     ENGINE.add_to(parser, names)
     parser.set_defaults(run=_quantize)
 
@@ -338,7 +344,12 @@ def _quantize(arguments: argparse.Namespace) -> int:
     assert config.quantization is not None
     try:
         report = quantize_checkpoint(
-            config.model, arguments.output, config.quantization, options=options, progress=config.progress
+            config.model,
+            arguments.output,
+            config.quantization,
+            calibration=config.calibration,
+            options=options,
+            progress=config.progress,
         )
     except KeyboardInterrupt:
         print(f"\nwhat is complete is in {arguments.output}.partial; give the same command to go on", file=sys.stderr)

@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchinfer.loader import Checkpoint, load_model
+from torchinfer.calibration import calibrate, plan_calibration
+from torchinfer.loader import Checkpoint, LoadOptions, load_model
+from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.testing import PagedDriver, assert_close, save_random_checkpoint, tiny_config
+from torchinfer.tokenizer import Tokenizer
 from torchinfer.writer.quantize import quantize_checkpoint
 
 pytest.importorskip("compressed_tensors")
+MODEL = Path(__file__).parents[2] / "recipes" / "tiny-llama"
 TOKENS = list(range(5, 25))
 WEIGHT_ONLY = ["int8", "fp8", "fp8_block", "int4", "int4_g32"]
 MIXED = {"lm_head": "int8", "*.self_attn.*": "int4_g32", "*.layers.1.*": "fp8", "*": "int8"}
@@ -33,11 +37,12 @@ def theirs(folder: Path) -> Tensor:
     return logits
 
 
-def ours(folder: Path, request: str | Mapping[str, str] | None) -> Tensor:
+def ours(folder: Path, request: str | Mapping[str, str] | None, smoothing: Smoothing | None = None) -> Tensor:
     """The same of this library, which quantizes while it loads."""
     checkpoint = Checkpoint.open(folder)
     config = ModelConfig.from_dict(checkpoint.config)
-    model = load_model(checkpoint, config, torch.float32, torch.device("cpu"), quantization=request)
+    cpu = torch.device("cpu")
+    model = load_model(checkpoint, config, torch.float32, cpu, quantization=request, smoothing=smoothing)
     return PagedDriver(model).step({"a": TOKENS})["a"]
 
 
@@ -72,6 +77,17 @@ def test_transformers_reads_every_family(case: str, tmp_path: Path) -> None:
     save_random_checkpoint(tiny_config(case), tmp_path / "in")
     quantize_checkpoint(tmp_path / "in", tmp_path / "out", "int8")
     assert_close(theirs(tmp_path / "out"), ours(tmp_path / "in", "int8"))
+
+
+def test_transformers_reads_a_smoothed_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 20)
+    quantize_checkpoint(MODEL, tmp_path / "out", "int8_w8a8", calibration=tmp_path / "text.txt")
+    without_rounded_inputs(tmp_path / "out")
+    checkpoint, tokenizer = Checkpoint.open(MODEL), Tokenizer.from_folder(MODEL)
+    config = ModelConfig.from_dict(checkpoint.config)
+    plan = plan_calibration(config, "int8_w8a8", tmp_path / "text.txt", tokenizer)
+    smoothing = calibrate(checkpoint, config, plan, torch.device("cpu"), LoadOptions())
+    assert_close(theirs(tmp_path / "out"), ours(MODEL, "int8", smoothing))
 
 
 def test_transformers_reads_falcon_where_values_are_not_packed(tmp_path: Path) -> None:

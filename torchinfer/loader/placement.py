@@ -70,6 +70,7 @@ class Placement:
     convert: Callable[[Tensor], Tensor] | None = None  # what must see the whole tensor before it is placed
     shape: tuple[int, ...] | None = None  # of the tensor; None: that of the part
     dtypes: tuple[torch.dtype, ...] = ()  # of the tensor; empty: those that the parameter's can be made of
+    columns: Tensor | None = None  # float32 [I]: what its columns are multiplied by before it is packed
 
     def part(self, parameter: Tensor, row_block: int = 1) -> Tensor:
         """The view of the parameter that the tensor fills; of another one that has a row for `row_block` of its."""
@@ -78,6 +79,12 @@ class Placement:
         if self.rows is None:
             return parameter
         return parameter[self.rows.start // row_block : -(-self.rows.stop // row_block)]
+
+    def pack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set."""
+        assert self.matrix is not None
+        rows = rows if self.columns is None else rows.float() * self.columns.to(rows.device)
+        return self.matrix.scheme.pack(rows)
 
     @property
     def row_block(self) -> int:

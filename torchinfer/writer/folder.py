@@ -26,6 +26,7 @@ from torchinfer.writer.layout import FilePlan
 
 PARTIAL = ".partial"
 STATE = "quantize.state.json"
+CALIBRATION = "quantize.calibration"  # what was measured
 SPARE_BYTES = 16 << 20  # of small files, and what a filesystem needs for itself
 ADVICE = {
     errno.ENOSPC: "the disk is full: free some of it and run the same command again",
@@ -168,6 +169,11 @@ class PartialFolder:
                 os.fsync(file.fileno())
             os.rename(partial, path)
 
+    def read_file(self, name: str) -> bytes | None:
+        """What `write_file` has written, in this run or the one before."""
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
     def finish(self) -> None:
         """Let the folder become OUT.
 
@@ -178,6 +184,7 @@ class PartialFolder:
             _sync_folder(self.path)
             if os.path.lexists(self.output):
                 raise CheckpointError(f"{self.output} was created by someone else; rename {self.path} yourself")
+            (self.path / CALIBRATION).unlink(missing_ok=True)
             os.rename(self.path, self.output)
             (self.output / STATE).unlink()  # last: without it, what is in the folder would not be known to be whole
             _sync_folder(self.output.absolute().parent)

@@ -7,6 +7,7 @@ Values and scales are those that `load_model` with the same request holds, excep
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import time
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torchinfer.calibration import Calibration, calibrate, plan_calibration
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.checkpoint import CONFIG, INDEX, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
@@ -30,6 +32,7 @@ from torchinfer.loader.plan import Extent, Piece, check_fits, extent_bytes, plan
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.retry import read_file
 from torchinfer.loader.schemes import quantize_model
+from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.loader.weights import (
     FIRST_NETWORK_READERS,
@@ -41,8 +44,9 @@ from torchinfer.loader.weights import (
 )
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
+from torchinfer.tokenizer_files import load_tokenizer
 from torchinfer.writer.compressed_tensors import encode, quantization_config
-from torchinfer.writer.folder import PartialFolder, ShardFile
+from torchinfer.writer.folder import CALIBRATION, PartialFolder, ShardFile
 from torchinfer.writer.layout import FilePlan, plan_files
 
 logger = logging.getLogger(__name__)
@@ -85,10 +89,12 @@ def quantize_checkpoint(
     output: str | Path,
     request: Request,
     *,
+    calibration: str | Path | None = None,
     options: LoadOptions = DEFAULT_OPTIONS,
     progress: bool = False,
 ) -> WriteReport:
-    """Write the checkpoint `model` to the new folder `output`, quantized as `request` says (loader/schemes.py).
+    """Write the checkpoint `model` to the new folder `output`, quantized as `request` says (loader/schemes.py), and
+    smoothed with the text file `calibration`.
 
     What a run that was stopped has completed is not done again.
 
@@ -102,11 +108,15 @@ def quantize_checkpoint(
     checkpoint = Checkpoint.open(model)
     placements, section = _plan(checkpoint, request)
     files = plan_files(checkpoint, placements)
-    folder = PartialFolder(Path(output), _state(checkpoint, request))
+    folder = PartialFolder(Path(output), _state(checkpoint, request, calibration))
     missing = [file for file in files if not folder.has(file)]
     run = _Run(checkpoint, placements, missing, folder, options)
     folder.check_space(missing)
+    plan = None if calibration is None else _plan_calibration(checkpoint, request, calibration)
     with folder:
+        if plan is not None:
+            smoothing = _smoothing(checkpoint, plan, folder, options, progress)
+            run = replace(run, placements=smoothing.applied_to(placements))
         run.write(progress)
         _write_small_files(checkpoint, files, section, folder)
         folder.finish()
@@ -162,12 +172,39 @@ def _section(checkpoint: Checkpoint, placements: Mapping[str, Placement]) -> dic
     return quantization_config(schemes, {layer for layer in kept if layer not in schemes})
 
 
-def _state(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
+def _plan_calibration(checkpoint: Checkpoint, request: Request, text: str | Path) -> Calibration:
+    config = ModelConfig.from_dict(checkpoint.config)
+    return plan_calibration(config, request, text, load_tokenizer(checkpoint.address))
+
+
+def _smoothing(
+    checkpoint: Checkpoint, plan: Calibration, folder: PartialFolder, options: LoadOptions, progress: bool
+) -> Smoothing:
+    """That of the run which began the folder, so that all files have the same; else it is measured."""
+    known = folder.read_file(CALIBRATION)
+    if known is not None:
+        return Smoothing.from_bytes(known)
+    config = ModelConfig.from_dict(checkpoint.config)
+    smoothing = calibrate(checkpoint, config, plan, CPU, options, progress)
+    folder.write_file(CALIBRATION, smoothing.to_bytes())
+    return smoothing
+
+
+def _state(checkpoint: Checkpoint, request: Request, calibration: str | Path | None) -> dict[str, Any]:
     return {
         "torchinfer": version("torchinfer"),
         "scheme": request if isinstance(request, str) else [list(pair) for pair in request.items()],
+        "calibration": None if calibration is None else _digest(calibration),
         "source": {name: [stat.size, stat.version] for name, stat in sorted(checkpoint.stats.items())},
     }
+
+
+def _digest(text: str | Path) -> str:
+    try:
+        with open(text, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"cannot read calibration={str(text)!r}: {error}; it must be a text file in UTF-8") from error
 
 
 @dataclass(slots=True)
@@ -241,7 +278,9 @@ class _Run:
         numbers = [content]
         if placement.matrix is not None:
             value = content.view(piece.entry.dtype).view(piece.shape)
-            numbers = encode(placement.matrix.scheme.pack(value), placement.matrix.scheme)
+            numbers = encode(placement.pack(value), placement.matrix.scheme)
+        elif placement.convert is not None:
+            numbers = [placement.convert(content.view(piece.entry.dtype).view(piece.shape))]
         for slot, part in zip(slots, numbers, strict=True):
             self._open[plan.name].write(slot.offset_of(piece.first_row), part)
         self._remaining[plan.name] -= 1
