@@ -24,6 +24,7 @@ DEV = [
     "grpcio-tools==1.72.1",
     "hypothesis>=6.100",
     "mypy>=1.18",
+    "psutil",  # compressed-tensors imports it without asking for it
     "pytest>=8.4",
     "ruff==0.17.5",
     "setuptools>=77",

@@ -75,6 +75,21 @@ def plan_calibration(
     return Calibration(groups, read_windows(text, tokenizer, model_config.context_length))
 
 
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Nothing can be measured in, or made of, weights that have lost digits already.
+
+    Raises:
+        ConfigError: with what the checkpoint says of itself.
+    """
+    settings = checkpoint.config.get("quantization_config")
+    if settings is not None:
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise ConfigError(
+            f"{checkpoint.address} is quantized already, quant_method={method!r}; take the checkpoint that it was made "
+            "of"
+        )
+
+
 def calibrate(
     checkpoint: Checkpoint,
     model_config: ModelConfig,
@@ -85,8 +100,10 @@ def calibrate(
 ) -> Smoothing:
     """Run the unquantized model over the windows, in the checkpoint's dtype, and compute what smooths it.
 
-    The model is gone afterwards. XLA devices compile every shape: there it runs on the CPU. Raises like `load_model`.
+    The model is gone afterwards. XLA devices compile every shape: there it runs on the CPU. Raises like `load_model`,
+    and ConfigError for a checkpoint that comes quantized.
     """
+    refuse_quantized(checkpoint)
     device = CPU if device.type == "xla" else device
     model = load_model(checkpoint, model_config, _dtype(checkpoint), device, options=options, progress=progress)
     largest = measure(model, plan.groups, plan.windows, progress)

@@ -243,6 +243,14 @@ def test_a_text_that_cannot_be_used_is_refused(content: bytes | None, problem: s
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_quantized_checkpoint_is_not_measured(planted: Path) -> None:
+    checkpoint = Checkpoint.open(planted)
+    plan = Calibration(smoothed_groups(config_of(planted), W8A8), WINDOWS)
+    checkpoint.config["quantization_config"] = {"quant_method": "gptq"}
+    with pytest.raises(ConfigError, match="is quantized already, quant_method='gptq'"):
+        calibrate(checkpoint, config_of(planted), plan, CPU, LoadOptions())
+
+
 def test_without_a_tokenizer_it_is_refused(planted: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a checkpoint with a tokenizer"):
         quantize_checkpoint(planted, tmp_path / "out", W8A8, calibration=text)

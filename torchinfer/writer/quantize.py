@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from torchinfer.calibration import Calibration, calibrate, plan_calibration
+from torchinfer.calibration import Calibration, calibrate, plan_calibration, refuse_quantized
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.checkpoint import CONFIG, INDEX, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
@@ -64,8 +64,8 @@ Request = str | Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class WriteReport:
-    """What was written, and what it took. Bytes are those of tensors' files; what an earlier run has done is left out
-    of `read_bytes` and `seconds`."""
+    """What was written, and what it took. What an earlier run has done is left out of `read_bytes` and `seconds`, and
+    calibration of `seconds`."""
 
     seconds: float
     read_bytes: int
@@ -103,7 +103,6 @@ def quantize_checkpoint(
         ConfigError: `request` does not fit the model, with all that does not; `output` exists, has too little space,
             or was begun by a run with other options.
     """
-    start = time.perf_counter()
     _check_address(output)
     checkpoint = Checkpoint.open(model)
     placements, section = _plan(checkpoint, request)
@@ -117,6 +116,7 @@ def quantize_checkpoint(
         if plan is not None:
             smoothing = _smoothing(checkpoint, plan, folder, options, progress)
             run = replace(run, placements=smoothing.applied_to(placements))
+        start = time.perf_counter()
         run.write(progress)
         _write_small_files(checkpoint, files, section, folder)
         folder.finish()
@@ -140,13 +140,7 @@ def _check_address(output: str | Path) -> None:
 
 def _plan(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, Placement], dict[str, Any]]:
     """What is done with each tensor of the checkpoint, and the section of config.json."""
-    settings = checkpoint.config.get("quantization_config")
-    if settings is not None:
-        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-        raise ConfigError(
-            f"{checkpoint.address} is quantized already, quant_method={method!r}; take the checkpoint that it was made "
-            "of"
-        )
+    refuse_quantized(checkpoint)
     with torch.device("meta"):
         model = build_model(ModelConfig.from_dict(checkpoint.config))
     quantize_model(model, request, CPU)
