@@ -44,6 +44,7 @@ BACKENDS = ("torchinfer.kernels.reference", "torchinfer.kernels.tpu", "torchinfe
 # Top to bottom: a module imports from its own line and from those below it, never from above.
 LAYERS = (
     ("torchinfer.cli",),
+    ("torchinfer.cli_flags",),
     ("torchinfer.console",),
     ("torchinfer.serving",),
     ("torchinfer.evaluation.report",),
@@ -60,6 +61,8 @@ LAYERS = (
     ("torchinfer.runner",),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
+    ("torchinfer.writer",),
+    ("torchinfer.calibration",),
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),

@@ -17,6 +17,7 @@ SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each
 Size = int  # bytes; the command line takes 2GiB
 # A scheme for all matrices, or for those whose names in the checkpoint fit a pattern: loader/schemes.py
 Quantization = str | Mapping[str, str]
+CALIBRATED = "int8_w8a8"  # the scheme that calibration is for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class EngineConfig:
     device: str = "auto"  # the first of xla, cuda, cpu that is there
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
+    calibration: str | Path | None = None  # text file to smooth activations with, for int8_w8a8
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's context
     max_num_requests: int = 64  # running at once, samples counted
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
@@ -58,6 +60,11 @@ def _problems(c: EngineConfig) -> list[str]:
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             found.append(f"{name}={getattr(c, name)!r} must be one of {', '.join(allowed)}")
+    if c.calibration is not None and CALIBRATED not in _schemes(c.quantization):
+        found.append(
+            f"calibration={str(c.calibration)!r} is for quantization {CALIBRATED}, not for {c.quantization!r}: leave "
+            "one of them out"
+        )
     for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):
         if getattr(c, name) < 1:
             found.append(f"{name}={getattr(c, name)} must be at least 1")
@@ -79,3 +86,7 @@ def _problems(c: EngineConfig) -> list[str]:
     if not c.moe_capacity_factor > 0:
         found.append(f"moe_capacity_factor={c.moe_capacity_factor} must be positive")
     return found
+
+
+def _schemes(quantization: Quantization | None) -> set[str | None]:
+    return set(quantization.values()) if isinstance(quantization, Mapping) else {quantization}

@@ -23,9 +23,12 @@ class FlagSet:
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of fields whose flag is not --field-name
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
+    def add_to(self, parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+        """Add the flags of all fields, or of some of them."""
         group = parser.add_argument_group(self.title)
         for option in fields(self.kind):
+            if only is not None and option.name not in only:
+                continue
             names = self.names.get(option.name, (f"--{option.name.replace('_', '-')}",))
             arguments = dict(_ARGUMENTS[str(option.type)])
             if option.name in self.choices:

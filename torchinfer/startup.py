@@ -11,6 +11,7 @@ import torch
 
 from torchinfer import kernels
 from torchinfer.batch import KVCache
+from torchinfer.calibration import calibrate, plan_calibration
 from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
@@ -27,6 +28,7 @@ from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_cache_dtype
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.runner import EagerRunner, Runner
@@ -56,13 +58,15 @@ def start_engine(config: EngineConfig) -> Engine:
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
     model = load_model(
         checkpoint,
         model_config,
         dtype,
         device,
-        options=LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify),
+        options=options,
         quantization=config.quantization,
+        smoothing=_smoothing(config, checkpoint, model_config, tokenizer, device, options),
         moe_mode=config.moe_mode,
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
@@ -89,6 +93,20 @@ def start_engine(config: EngineConfig) -> Engine:
         kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _smoothing(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    options: LoadOptions,
+) -> Smoothing | None:
+    if config.calibration is None or config.quantization is None:
+        return None
+    plan = plan_calibration(model_config, config.quantization, config.calibration, tokenizer)
+    return calibrate(checkpoint, model_config, plan, device, options, config.progress)
 
 
 def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_model_len: int) -> Scheduler:

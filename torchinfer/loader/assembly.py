@@ -92,7 +92,7 @@ class Assembly:
             _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
             self._place(placement.parameter, piece, value)
             return
-        for tensor, packed in placement.matrix.scheme.pack(value).items():
+        for tensor, packed in placement.pack(value).items():
             block = placement.matrix.specs[tensor].row_block
             assert block is not None, "what belongs to no rows cannot be packed in rows"
             self._place(f"{placement.parameter}.{tensor}", piece, packed, block)

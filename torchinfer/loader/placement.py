@@ -72,6 +72,7 @@ class Placement:
     shapes: tuple[tuple[int, ...], ...] = ()  # that the tensor may have; empty: that of the part
     dtypes: tuple[torch.dtype, ...] = ()  # of the tensor; empty: those that the parameter's can be made of
     view: torch.dtype | None = None  # what the tensor's bytes are numbers of, if not of its own dtype
+    columns: Tensor | None = None  # float32 [I]: what its columns are multiplied by before it is packed
 
     def part(self, parameter: Tensor, row_block: int = 1) -> Tensor:
         """The view of the parameter that the tensor fills; of another one that has a row for `row_block` of its."""
@@ -80,6 +81,12 @@ class Placement:
         if self.rows is None:
             return parameter
         return parameter[self.rows.start // row_block : -(-self.rows.stop // row_block)]
+
+    def pack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set."""
+        assert self.matrix is not None
+        rows = rows if self.columns is None else rows.float() * self.columns.to(rows.device)
+        return self.matrix.scheme.pack(rows)
 
     @property
     def row_block(self) -> int:

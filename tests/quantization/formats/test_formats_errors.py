@@ -135,7 +135,7 @@ def test_scales_of_a_quantized_cache_are_left_out_and_logged(int8, caplog):
     int8.tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([0.5])
     assert "k_scale" in refusal(int8)
     int8.folder({**SETTINGS, "kv_cache_scheme": {"num_bits": 8, "type": "float"}})
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "torchinfer"):
         int8.load()
     assert any("kv_cache_scheme" in record.getMessage() for record in caplog.records)
 
