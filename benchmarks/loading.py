@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ READERS = (1, 4, 16)
 QUANTIZED_READERS = 4
 MEMORY_LIMITS = (2 << 30, 256 << 20)
 MODELS = (("dense", "bf16"), ("moe", "bf16"), ("dense", "f32"))  # float32 becomes bfloat16 on the way
+HELD_AS = ("bf16", "int8", "int4_g64")  # of figure 4: what bf16 is loaded to
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,12 @@ def host_memory(bench: Bench, args: argparse.Namespace) -> Figure:
     for kind, dtype in MODELS:
         folder = bench.checkpoint(args.gigabytes, kind, dtype)
         bench.run(Case("warm up", "limit", folder, pread_task("fresh", 1)))
-        for limit in MEMORY_LIMITS:
-            task = {"method": "ours", "options": {"memory": limit}, "is_watched": True}
-            name = f"{kind}, {dtype} to bf16, {limit >> 20} MiB"
-            case = Case(name, "ours", folder, task)
-            rows.append(summarize_memory(case, bench.rounds([case])[name], limit))
+        for held, limit in itertools.product(HELD_AS if dtype == "bf16" else HELD_AS[:1], MEMORY_LIMITS):
+            task = {"method": "load_model", "options": {"memory": limit}, "is_watched": True}
+            if held != "bf16":
+                task["keywords"] = {"quantization": held}
+            case = Case(f"{kind}, {dtype} to {held}, {limit >> 20} MiB", "ours", folder, task)
+            rows.append(summarize_memory(case, bench.rounds([case])[case.name], limit))
     limit_text = "--load-memory, and a tenth more"
     return Figure(
         4, "Host memory above the parameters while loading", limit_text, rows, "of the limit", "fraction", 1.1
@@ -182,7 +185,7 @@ def host_memory(bench: Bench, args: argparse.Namespace) -> Figure:
 
 def summarize_memory(case: Case, results: list[Row], limit: int) -> Row:
     above = {
-        source: max(result["memory"][source] - result["num_bytes"] for result in results)
+        source: max(result["memory"][source] - result["held_bytes"] for result in results)
         for source in results[0]["memory"]
     }
     row = summarize(case, results)

@@ -372,6 +372,7 @@ def measure(task: Task) -> dict[str, Any]:
     result["storage_bytes"] = storage_bytes() - fetched
     if watch is not None:
         result["memory"] = watch.stop()
+        result["held_bytes"] = sum(tensor.nbytes for tensor in task["kept"].state_dict().values())
     package = PACKAGES.get(task["method"].split()[0])
     if package is not None:
         result["version"] = importlib.metadata.version(package)
