@@ -142,7 +142,10 @@ def test_how_much_is_held_in_which_scheme_is_said(folder: Path, caplog: pytest.L
         ("int9", "scheme 'int9' of '*' is unknown; use one of: none, int8,"),
         ({"*.q_proj": "int8"}, "are one matrix here and must have one scheme, not int8 and none"),
         ({"*.wqkv": "int8", "*": "int8"}, "no layer's name fits pattern '*.wqkv'"),
-        ("int4", "'model.layers.0.self_attn.q_proj' as int4: 64 inputs are not a multiple of the group size 128"),
+        (
+            "int4",
+            "'model.layers.0.self_attn.q_proj' and 8 more as int4: 64 inputs are not a multiple of the group size 128",
+        ),
         ("fp8_block", "parts of 64, 32, 32 outputs are merged"),
     ],
 )

@@ -59,11 +59,7 @@ def choose_schemes(
     raise_all(_unknown(patterns), ConfigError, "quantization")
     matrices = list(matrices_of(model))
     chosen, problems = _choose(matrices, patterns)
-    problems += [
-        f"{quoted(matrix.layers[0])} as {scheme.name}: {problem}"
-        for matrix, scheme in chosen
-        for problem in scheme.problems(matrix.part_rows, matrix.shape[-1])
-    ]
+    problems += _misfits(chosen)
     problems += unsupported({scheme.values for _, scheme in chosen}, device)
     raise_all(shorten(problems), ConfigError, f"quantization={request!r}")
     return chosen
@@ -144,6 +140,18 @@ def _choose(
 
 def _pattern_of(layer: str, patterns: Mapping[str, str]) -> str | None:
     return next((p for p in patterns if p == layer or (layer != HEAD and fnmatchcase(layer, p))), None)
+
+
+def _misfits(chosen: list[tuple[MatrixName, Scheme]]) -> list[str]:
+    """Why matrices cannot be held in their schemes; one line for all with the same reason."""
+    layers: dict[str, list[str]] = {}
+    for matrix, scheme in chosen:
+        for problem in scheme.problems(matrix.part_rows, matrix.shape[-1]):
+            layers.setdefault(f"as {scheme.name}: {problem}", []).append(matrix.layers[0])
+    return [
+        f"{quoted(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {reason}"
+        for reason, names in layers.items()
+    ]
 
 
 def unsupported(dtypes: set[torch.dtype], device: torch.device, way_out: str = "use int8") -> list[str]:
