@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ def test_a_text_that_cannot_be_used_is_refused(content: bytes | None, problem: s
 def test_a_quantized_checkpoint_is_not_measured(planted: Path) -> None:
     checkpoint = Checkpoint.open(planted)
     plan = Calibration(smoothed_groups(config_of(planted), W8A8), WINDOWS)
-    checkpoint.config["quantization_config"] = {"quant_method": "gptq"}
+    checkpoint = replace(checkpoint, quantization={"quant_method": "gptq"})
     with pytest.raises(ConfigError, match="is quantized already, quant_method='gptq'"):
         calibrate(checkpoint, config_of(planted), plan, CPU, LoadOptions())
 

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from torchinfer.calibration import Calibration, calibrate, plan_calibration, refuse_quantized
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
-from torchinfer.loader.checkpoint import CONFIG, INDEX, Checkpoint
+from torchinfer.loader.assembly import check_scale
+from torchinfer.loader.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import Placement, place
@@ -106,6 +107,7 @@ def quantize_checkpoint(
     _check_address(output)
     checkpoint = Checkpoint.open(model)
     placements, section = _plan(checkpoint, request)
+    _check_copied(checkpoint)
     files = plan_files(checkpoint, placements)
     folder = PartialFolder(Path(output), _state(checkpoint, request, calibration))
     missing = [file for file in files if not folder.has(file)]
@@ -272,7 +274,9 @@ class _Run:
         numbers = [content]
         if placement.matrix is not None:
             value = content.view(piece.entry.dtype).view(piece.shape)
-            numbers = encode(placement.pack(value), placement.matrix.scheme)
+            packed = placement.pack(value)
+            check_scale(piece.entry.name, packed["scale"])
+            numbers = encode(packed, placement.matrix.scheme)
         elif placement.convert is not None:
             numbers = [placement.convert(content.view(piece.entry.dtype).view(piece.shape))]
         for slot, part in zip(slots, numbers, strict=True):
@@ -319,17 +323,32 @@ class _Run:
         )
 
 
+def _copied(checkpoint: Checkpoint) -> list[str]:
+    """The files that are copied as they are."""
+    names = [name for name in checkpoint.source.names() if name != CONFIG and not name.endswith(INDEX_SUFFIX)]
+    return [name for name in names if name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)]
+
+
+def _check_copied(checkpoint: Checkpoint) -> None:
+    sizes = {name: checkpoint.source.stat(name).size for name in _copied(checkpoint)}
+    problems = [
+        f"{name} has {size} bytes, and files of at most {MAX_COPIED_BYTES} bytes are copied: move it out of "
+        f"{checkpoint.address}"
+        for name, size in sizes.items()
+        if size > MAX_COPIED_BYTES
+    ]
+    raise_all(problems, ConfigError, f"{checkpoint.address} cannot be copied")
+
+
 def _write_small_files(
     checkpoint: Checkpoint, files: list[FilePlan], section: dict[str, Any], folder: PartialFolder
 ) -> None:
     """config.json, the index, and copies of the tokenizer and of all that is neither tensors nor a program."""
-    for name in checkpoint.source.names():
-        is_copied = name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)
-        if is_copied and name != CONFIG and not name.endswith(INDEX_SUFFIX):
-            folder.write_file(name, read_file(checkpoint.source, name, MAX_COPIED_BYTES))
+    for name in _copied(checkpoint):
+        folder.write_file(name, read_file(checkpoint.source, name, MAX_COPIED_BYTES))
     config = {**checkpoint.config, "quantization_config": section}
     folder.write_file(CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         weight_map = {name: file.name for file in files for name in file.tensor_names}
         total = sum(file.num_bytes - len(file.header) for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
