@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
+from torchinfer.loader.folder import FolderSource
 from torchinfer.loader.header import TensorEntry, read_header
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import Placement
@@ -199,3 +200,19 @@ def test_storage_without_direct_reads_is_read_through_the_page_cache(folder: Pat
     assert readers.direct.choice is False
     assert sum(is_direct for _, is_direct in source.opened) == 1
     readers.close()
+
+
+@pytest.mark.parametrize(
+    ("choice", "is_network", "is_measured"), [(None, False, False), (None, True, True), (False, False, True)]
+)
+def test_the_number_of_readers_stays_while_direct_reads_are_compared_on_a_disk(
+    folder: Path, choice: bool | None, is_network: bool, is_measured: bool
+) -> None:
+    source = FolderSource(folder)
+    source.is_network = is_network
+    readers = make_readers(source, {})
+    readers.direct.choice = choice
+    readers._has_waited = True
+    readers.extents.clear()  # nobody is started
+    readers._adapt()
+    assert (readers.count._started > 0) == is_measured

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from torchinfer.loader.tuning import CACHED_RATE, DirectChoice, ReaderCount
+from torchinfer.loader.tuning import CACHED_RATE, PROBE_EXTENTS, DirectChoice, ReaderCount
 
 
 def settle(rate_of: Callable[[int], float], first: int, limit: int) -> int:
@@ -54,13 +54,14 @@ def observe(choice: DirectChoice, buffered: float, direct: float, extents: int =
 
 def test_direct_reads_are_chosen_where_they_are_faster() -> None:
     choice = DirectChoice(None)
-    assert observe(choice, 1e8, 3e8)[:4] == [False, False, True, True]
+    started = observe(choice, 1e8, 3e8)
+    assert started[: 2 * PROBE_EXTENTS] == [False] * PROBE_EXTENTS + [True] * PROBE_EXTENTS
     assert choice.choice is True
 
 
 def test_they_are_not_where_they_are_not() -> None:
     choice = DirectChoice(None)
-    observe(choice, 1e8, 1.1e8)
+    observe(choice, 1e8, 1.05e8)
     assert choice.choice is False
 
 

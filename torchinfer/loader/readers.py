@@ -139,7 +139,10 @@ class Readers:
     def _adapt(self) -> None:
         """Follow the measured rate, and replace readers that hang."""
         now = time.monotonic()
-        if self._has_waited:  # copies out of the page cache want as many readers as processors, no more
+        # Copies out of the page cache want as many readers as processors, no more. And while reads around it are
+        # compared with others, as many must share the disk in both; streams over a network do not share much.
+        is_comparing = self.direct.choice is None and not self.source.is_network
+        if self._has_waited and not is_comparing:
             self.count.observe(now, self.num_bytes, self.attempts.num_retries)
         target = self.count.target
         with self._condition:

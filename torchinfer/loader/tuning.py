@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 WINDOW_SECONDS = 0.5
 WORTH = 1.08  # more readers stay when they bring this factor
 CACHED_RATE = 1.5e9  # bytes/s of one reader: a page cache that does not tell what it holds (FUSE), or as good
-PROBE_EXTENTS = 2  # of each kind
-DIRECT_GAIN = 1.2  # direct reads must be faster by this, because they leave nothing in the page cache for others
+PROBE_EXTENTS = 4  # of each kind
+DIRECT_GAIN = 1.1  # direct reads must be faster by this, because they leave nothing in the page cache for others
 
 
 @dataclass(slots=True)
