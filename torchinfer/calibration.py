@@ -81,7 +81,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: with what the checkpoint says of itself.
     """
-    settings = checkpoint.config.get("quantization_config")
+    settings = checkpoint.quantization
     if settings is not None:
         method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise ConfigError(

@@ -174,7 +174,7 @@ class Assembly:
         placement = self._placements[piece.entry.name]
         host = value.to(self._dtype_of(tensor), copy=True).contiguous()
         if tensor in self._scales:
-            _check_scale(piece.entry.name, host)
+            check_scale(piece.entry.name, host)
         numbers = torch.arange(self._empty[tensor].numel(), device="meta")
         destination = placement.part(numbers.view(self._empty[tensor].shape), row_block)
         first = int(destination.storage_offset())
@@ -186,11 +186,11 @@ class Assembly:
     def _check_scales(self, parameter: str, value: Tensor) -> None:
         """All at once; the tensor is named only where that fails, because there may be thousands."""
         try:
-            _check_scale(parameter, value)
+            check_scale(parameter, value)
         except CheckpointError:
             for name, placement in self._placements.items():
                 if placement.parameter == parameter:
-                    _check_scale(name, placement.part(value))
+                    check_scale(name, placement.part(value))
             raise
 
     def _take(self, parameter: str) -> Tensor:
@@ -239,7 +239,7 @@ def _scales(model: nn.Module) -> set[str]:
     return {f"{name}.{tensor}" for name in matrices for tensor in ("scale", "input_scale")}
 
 
-def _check_scale(name: str, scale: Tensor) -> None:
+def check_scale(name: str, scale: Tensor) -> None:
     """Refuse scales that turn weights into what is not finite, or into nothing; `name` is what is wrong then."""
     if not scale.numel():
         return

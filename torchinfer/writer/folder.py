@@ -31,6 +31,7 @@ SPARE_BYTES = 16 << 20  # of small files, and what a filesystem needs for itself
 ADVICE = {
     errno.ENOSPC: "the disk is full: free some of it and run the same command again",
     errno.EDQUOT: "the quota is used up: free some of it and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name a folder on a filesystem without it",
 }
 
 
@@ -147,9 +148,14 @@ class PartialFolder:
             self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
             raise ConfigError(f"another process writes to {self.path}; wait for it, or stop it") from error
+        except OSError as error:
+            os.close(self._lock)
+            raise CheckpointError(
+                f"cannot lock {self.path}: {error.strerror} (errno {error.errno}); name a folder on another filesystem"
+            ) from error
         if not self.is_resumed:
             self.write_file(STATE, json.dumps(self.state).encode())
         return self
@@ -192,7 +198,10 @@ class PartialFolder:
     def _found(self) -> dict[str, Any] | None:
         """The state of the run that created the folder; None if there was none, or it had not begun to write."""
         try:
-            return dict(json.loads((self.path / STATE).read_bytes()))
+            found = json.loads((self.path / STATE).read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"it has {_short(found)}, not an object")
+            return found
         except (FileNotFoundError, NotADirectoryError):
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
             if names - {f"{STATE}{PARTIAL}"} or (self.path.exists() and not self.path.is_dir()):
@@ -200,6 +209,11 @@ class PartialFolder:
             return None
         except ValueError as error:
             raise ConfigError(f"{self.path / STATE} is damaged: {error}; remove {self.path}") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {self.path / STATE}: {error.strerror} (errno {error.errno}); make it readable, or remove "
+                f"{self.path}"
+            ) from error
 
 
 @contextlib.contextmanager

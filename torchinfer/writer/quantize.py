@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 from torchinfer.calibration import Calibration, calibrate, plan_calibration, refuse_quantized
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
-from torchinfer.loader.checkpoint import CONFIG, INDEX, Checkpoint
+from torchinfer.loader.assembly import check_scale
+from torchinfer.loader.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import Placement, place
@@ -32,7 +34,8 @@ from torchinfer.loader.plan import Extent, Piece, check_fits, extent_bytes, plan
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
-from torchinfer.loader.stall import read_file
+from torchinfer.loader.source import Source
+from torchinfer.loader.stall import Trial, read_file, unless_stalled
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.loader.weights import (
     FIRST_NETWORK_READERS,
@@ -110,6 +113,7 @@ def quantize_checkpoint(
     folder = PartialFolder(Path(output), _state(checkpoint, request, calibration))
     missing = [file for file in files if not folder.has(file)]
     run = _Run(checkpoint, placements, missing, folder, options)
+    copied = _copied_files(checkpoint)
     folder.check_space(missing)
     plan = None if calibration is None else _plan_calibration(checkpoint, request, calibration)
     with folder:
@@ -118,7 +122,7 @@ def quantize_checkpoint(
             run = replace(run, placements=smoothing.applied_to(placements))
         start = time.perf_counter()
         run.write(progress)
-        _write_small_files(checkpoint, files, section, folder)
+        _write_small_files(checkpoint, files, section, copied, folder)
         folder.finish()
     report = WriteReport(
         seconds=time.perf_counter() - start,
@@ -272,7 +276,9 @@ class _Run:
         numbers = [content]
         if placement.matrix is not None:
             value = content.view(piece.entry.dtype).view(piece.shape)
-            numbers = encode(placement.pack(value), placement.matrix.scheme)
+            packed = placement.pack(value)
+            check_scale(piece.entry.name, packed["scale"])  # as a load does
+            numbers = encode(packed, placement.matrix.scheme)
         elif placement.convert is not None:
             numbers = [placement.convert(content.view(piece.entry.dtype).view(piece.shape))]
         for slot, part in zip(slots, numbers, strict=True):
@@ -319,17 +325,35 @@ class _Run:
         )
 
 
+def _copied_files(checkpoint: Checkpoint) -> list[str]:
+    """The tokenizer's files, and all others that are neither tensors nor a program."""
+    source = checkpoint.source
+    names = [name for name in source.names() if name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)]
+    names = [name for name in names if name != CONFIG and not name.endswith(INDEX_SUFFIX)]
+    sizes = {name: unless_stalled(f"look at {source.address}/{name}", partial(_size, source, name)) for name in names}
+    problems = [
+        f"{source.address}/{name} has {size} bytes, and at most {MAX_COPIED_BYTES} are copied of a file that is no "
+        "tensors: move it out of the folder"
+        for name, size in sizes.items()
+        if size > MAX_COPIED_BYTES
+    ]
+    raise_all(problems, ConfigError, "what is beside the tensors")
+    return names
+
+
+def _size(source: Source, name: str, trial: Trial) -> int:
+    return source.stat(name).size
+
+
 def _write_small_files(
-    checkpoint: Checkpoint, files: list[FilePlan], section: dict[str, Any], folder: PartialFolder
+    checkpoint: Checkpoint, files: list[FilePlan], section: dict[str, Any], copied: list[str], folder: PartialFolder
 ) -> None:
-    """config.json, the index, and copies of the tokenizer and of all that is neither tensors nor a program."""
-    for name in checkpoint.source.names():
-        is_copied = name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)
-        if is_copied and name != CONFIG and not name.endswith(INDEX_SUFFIX):
-            folder.write_file(name, read_file(checkpoint.source, name, MAX_COPIED_BYTES))
+    """config.json, the index, and copies of what is beside the tensors."""
+    for name in copied:
+        folder.write_file(name, read_file(checkpoint.source, name, MAX_COPIED_BYTES))
     config = {**checkpoint.config, "quantization_config": section}
     folder.write_file(CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         weight_map = {name: file.name for file in files for name in file.tensor_names}
         total = sum(file.num_bytes - len(file.header) for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
