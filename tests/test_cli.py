@@ -97,6 +97,27 @@ def test_a_scheme_without_a_pattern_is_for_the_whole_model():
     assert ENGINE.values(arguments)["quantization"] == "int8"
 
 
+def test_a_scheme_without_a_pattern_comes_last_wherever_it_was_given():
+    words = ["--quantization", "int8", "--quantization", "*.mlp.*=int4"]
+    found = ENGINE.values(build_parser().parse_args(["generate", "--model", "m", *words]))["quantization"]
+    assert list(found.items()) == [("*.mlp.*", "int4"), ("*", "int8")]
+
+
+@pytest.mark.parametrize(
+    ("schemes", "problems"),
+    [
+        (["int8", "int4"], ["'*' has several schemes, int8 and int4"]),
+        (["a=int8", "b=int4", "a=int4"], ["'a' has several schemes, int8 and int4"]),
+        (["=int8", "a=", ""], ["'=int8' is not", "'a=' is not", "'' is not"]),
+    ],
+)
+def test_schemes_that_would_be_ignored_are_refused(schemes, problems, capsys):
+    words = [word for scheme in schemes for word in ("--quantization", scheme)]
+    assert main(["generate", "--model", "m", "--prompt", "x", *words]) == 1
+    stderr = capsys.readouterr().err
+    assert all(problem in stderr for problem in problems)
+
+
 def test_flags_that_are_not_given_leave_the_defaults_alone():
     arguments = build_parser().parse_args(["generate", "--model", "m"])
     assert (ENGINE.values(arguments), SAMPLING.values(arguments)) == ({"model": "m"}, {})

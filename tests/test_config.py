@@ -28,6 +28,18 @@ from torchinfer.device import resolve_device
         ({"kv_cache_memory": 0}, "kv_cache_memory=0 must be a share"),
         ({"kv_cache_memory": float("nan")}, "kv_cache_memory=nan must be a share"),
         ({"moe_capacity_factor": -1.0}, "moe_capacity_factor=-1.0 must be positive"),
+        ({"quantization": 5}, "quantization=5 must be the name of a scheme, or a mapping from patterns to names"),
+        ({"quantization": ["int8"]}, "quantization=['int8'] must be the name of a scheme"),
+        ({"quantization": {"*": {"a": "int8"}}}, "quantization={'*': {'a': 'int8'}} must be the name of a scheme"),
+        ({"quantization": {5: "int8"}}, "quantization={5: 'int8'} must be the name of a scheme"),
+        ({"quantization": {}}, "quantization={} names no scheme"),
+        ({"quantization": {"*": ["int8_w8a8"]}, "calibration": "text"}, "quantization={'*': ['int8_w8a8']} must be"),
+        ({"calibration": 1, "quantization": "int8_w8a8"}, "calibration=1 must be a path"),
+        ({"load_memory": "2GiB"}, "load_memory='2GiB' must be a whole number"),
+        ({"page_size": 2.5}, "page_size=2.5 must be a whole number"),
+        ({"max_model_len": True}, "max_model_len=True must be a whole number"),
+        ({"kv_cache_memory": "1GiB"}, "kv_cache_memory='1GiB' must be a number"),
+        ({"prefix_cache": 1}, "prefix_cache=1 must be True or False"),
     ],
 )
 def test_an_option_out_of_range_is_refused(options: dict[str, object], message: str) -> None:
@@ -40,6 +52,12 @@ def test_all_problems_are_said_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         EngineConfig(model="anywhere", device="tpu", page_size=0)
     assert "device='tpu'" in str(error.value) and "page_size=0" in str(error.value)
+
+
+def test_options_of_the_wrong_type_come_at_once_too() -> None:
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(model=7, page_size=None, quantization=5)  # type: ignore[arg-type]
+    assert str(error.value).count("\n  - ") == 3
 
 
 def test_cuda_that_is_not_there_is_refused() -> None:

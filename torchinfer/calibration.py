@@ -64,7 +64,7 @@ def plan_calibration(
 
     Raises:
         ConfigError: no norm is followed by int8_w8a8 only, the text cannot be read or is empty, or there is no
-            tokenizer.
+            tokenizer that fits.
     """
     groups = smoothed_groups(model_config, request)
     if not groups:
@@ -72,7 +72,14 @@ def plan_calibration(
             f"calibration={str(text)!r} has nothing to smooth with quantization={request!r}: it is for norms whose "
             "matrices (q, k and v; gate and up) are all int8_w8a8; quantize them so, or leave calibration out"
         )
-    return Calibration(groups, read_windows(text, tokenizer, model_config.context_length))
+    windows = read_windows(text, tokenizer, model_config.context_length)
+    largest = max(map(max, windows))
+    if largest >= model_config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives the id {largest}, beyond the model's vocabulary of {model_config.vocab_size}; take "
+            "the tokenizer that belongs to the model"
+        )
+    return Calibration(groups, windows)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -161,7 +168,7 @@ def read_windows(text: str | Path, tokenizer: Tokenizer | None, context_length: 
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read calibration={str(text)!r}: {error}; it must be a text file in UTF-8") from error
     start, tokens = tokenizer.encode(""), tokenizer.encode(content, add_special_tokens=False)
-    if not tokens:
+    if not content.strip() or not tokens:
         raise ConfigError(
             f"calibration={str(text)!r} is empty; some pages of text that is typical of your use are best"
         )

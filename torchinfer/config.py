@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 
 from torchinfer.errors import ConfigError, raise_all
@@ -18,6 +19,15 @@ Size = int  # bytes; the command line takes 2GiB
 # A scheme for all matrices, or for those whose names in the checkpoint fit a pattern: loader/schemes.py
 Quantization = str | Mapping[str, str]
 CALIBRATED = "int8_w8a8"  # the scheme that calibration is for
+# Annotation of a field, without None -> the types that its value may have, and the rule in words.
+KINDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "int": ((Integral,), "a whole number"),
+    "Size": ((Integral,), "a whole number of bytes"),
+    "float": ((Real,), "a number"),
+    "float | int": ((Real,), "a number"),
+    "bool": ((bool,), "True or False"),
+    "str | Path": ((str, Path), "a path"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +65,32 @@ class EngineConfig:
 
 
 def _problems(c: EngineConfig) -> list[str]:
+    return _type_problems(c) or _range_problems(c)
+
+
+def _type_problems(c: EngineConfig) -> list[str]:
+    found = []
+    for option in fields(c):
+        value, annotation = getattr(c, option.name), str(option.type)
+        kinds, rule = KINDS.get(annotation.removesuffix(" | None"), ((object,), ""))
+        is_none = value is None and annotation.endswith(" | None")
+        is_bool = isinstance(value, bool) and bool not in kinds and object not in kinds
+        if not is_none and (is_bool or not isinstance(value, kinds)):
+            found.append(f"{option.name}={value!r} must be {rule}")
+    return found + _quantization_problems(c.quantization)
+
+
+def _quantization_problems(quantization: object) -> list[str]:
+    named = quantization if isinstance(quantization, Mapping) else {"*": quantization}
+    if quantization is not None and not all(isinstance(text, str) for pair in named.items() for text in pair):
+        return [
+            f"quantization={quantization!r} must be the name of a scheme, or a mapping from patterns to names such as "
+            "{'*.mlp.*': 'int4', '*': 'int8'}"
+        ]
+    return [] if named else [f"quantization={quantization!r} names no scheme: leave it out, or name one such as 'int8'"]
+
+
+def _range_problems(c: EngineConfig) -> list[str]:
     found = []
     choices = {"device": DEVICES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "moe_mode": MOE_MODES}
     for name, allowed in choices.items():

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+from torchinfer.errors import ConfigError, raise_all
+
+EVERYTHING = "*"  # the pattern that a scheme without one has
 UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -81,11 +84,29 @@ def bias(text: str) -> tuple[int, float]:
 
 
 def quantization(values: Sequence[str]) -> str | dict[str, str]:
-    """SCHEME, or PATTERN=SCHEME several times; SCHEME among them is for all that no earlier pattern fits."""
-    if len(values) == 1 and "=" not in values[0]:
-        return values[0]
-    pairs = [value.rpartition("=") for value in values]
-    return {pattern or "*": scheme for pattern, _, scheme in pairs}
+    """SCHEME, or PATTERN=SCHEME several times; a SCHEME among them is for all that no pattern fits.
+
+    Raises:
+        ConfigError: with what is neither, and patterns that have several schemes.
+    """
+    found: dict[str, list[str]] = {}
+    problems = []
+    for value in sorted(values, key=lambda value: "=" not in value):  # stable: patterns first
+        pattern, _, scheme = value.rpartition("=") if "=" in value else (EVERYTHING, "", value)
+        if not pattern or not scheme:
+            problems.append(f"{value!r} is not SCHEME or PATTERN=SCHEME, such as int8 or '*.mlp.*=int4'")
+        found.setdefault(pattern, []).append(scheme)
+    problems += [
+        f"{pattern!r} has several schemes, {' and '.join(schemes)}: give one"
+        for pattern, schemes in found.items()
+        if len(schemes) > 1 and pattern
+    ]
+    raise_all(problems, ConfigError, "schemes")
+    return (
+        found[EVERYTHING][0]
+        if list(found) == [EVERYTHING]
+        else {pattern: schemes[0] for pattern, schemes in found.items()}
+    )
 
 
 # What makes one value of those that were given one by one.

@@ -11,6 +11,7 @@ import pytest
 from torchinfer.errors import ConfigError
 from torchinfer.evaluation.inputs import prepare
 from torchinfer.evaluation.options import EvaluationOptions
+from torchinfer.writer.quantize import quantize_checkpoint
 
 MODEL = Path(__file__).parents[2] / "recipes" / "tiny-llama"
 
@@ -72,6 +73,14 @@ def test_a_checkpoint_without_tokenizer_is_refused(text: Path, tmp_path: Path):
 def test_a_folder_without_checkpoint_is_refused_with_the_rest(text: Path, tmp_path: Path):
     message = refusal(model=tmp_path / "none", text=text, schemes=())
     assert "schemes names nothing" in message and str(tmp_path / "none") in message
+
+
+def test_schemes_for_a_quantized_checkpoint_are_refused_before_it_is_loaded(text: Path, tmp_path: Path):
+    quantize_checkpoint(MODEL, tmp_path / "int8", "int8")
+    message = refusal(text=text, model=tmp_path / "int8", schemes=("none", "int8", "int4"), context=99999)
+    assert "schemes has int8, int4, but" in message and "is quantized already" in message and "99999" in message
+    options = EvaluationOptions(model=tmp_path / "int8", text=text, kv=("auto", "int8"), device="cpu")
+    assert prepare(options).num_pairs == 2
 
 
 def test_the_reference_comes_first_and_pairs_are_not_repeated(text: Path):

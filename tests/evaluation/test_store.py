@@ -42,3 +42,9 @@ def test_a_store_that_is_larger_than_the_disk_is_refused(tmp_path):
 
 def test_a_scratch_folder_that_is_not_there_is_refused(tmp_path):
     assert str(tmp_path / "nowhere") in space_problems(0, tmp_path / "nowhere")[0]
+
+
+def test_a_scratch_folder_that_cannot_be_written_to_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"scratch='/proc' cannot be written to: .*name another folder"):
+        ReferenceStore(1, 8, "float32", "/proc")
+    assert "scratch='/proc' cannot be written to" in space_problems(0, "/proc")[0]

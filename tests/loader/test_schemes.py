@@ -158,6 +158,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
     assert words in str(caught.value)
 
 
+def test_a_pattern_that_earlier_ones_leave_nothing_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'\*.gate_proj' has no effect: .* are taken by '\*.mlp.\*'.*put it ahead"):
+        load(folder, {"*.mlp.*": "int4", "*.gate_proj": "int8", "*": "int8"})
+
+
+def test_the_rest_may_be_nothing(folder: Path) -> None:
+    assert schemes_of(load(folder, {"*.mlp.*": "int8", "*.self_attn.*": "fp8", "*": "int4"}))
+
+
+def test_a_pattern_that_only_fits_the_head_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'lm_h\*' has no effect: the head is quantized only where 'lm_head' names it"
+    ):
+        load(folder, {"lm_h*": "int8"})
+
+
 def test_a_tied_head_cannot_be_quantized(tmp_path: Path) -> None:
     save_random_checkpoint(tiny_config("llama-tied"), tmp_path)
     with pytest.raises(ConfigError, match="a tied head neither"):

@@ -233,7 +233,8 @@ def test_calibration_of_other_schemes_is_refused(quantization: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(None, "cannot read"), (b"", "is empty"), (b"\xff\xfe", "must be a text file in UTF-8")]
+    ("content", "problem"),
+    [(None, "cannot read"), (b"", "is empty"), (b" \n", "is empty"), (b"\xff\xfe", "must be a text file in UTF-8")],
 )
 def test_a_text_that_cannot_be_used_is_refused(content: bytes | None, problem: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
@@ -255,6 +256,12 @@ def test_a_quantized_checkpoint_is_not_measured(planted: Path) -> None:
 def test_without_a_tokenizer_it_is_refused(planted: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a checkpoint with a tokenizer"):
         quantize_checkpoint(planted, tmp_path / "out", W8A8, calibration=text)
+
+
+def test_a_tokenizer_of_another_model_is_refused(planted: Path, text: Path) -> None:
+    config = replace(config_of(planted), vocab_size=300)
+    with pytest.raises(ConfigError, match=r"the tokenizer gives the id \d+, beyond the model's vocabulary of 300"):
+        plan_calibration(config, W8A8, text, Tokenizer.from_folder(MODEL))
 
 
 def test_it_is_refused_where_nothing_is_int8_w8a8(text: Path, tmp_path: Path) -> None:

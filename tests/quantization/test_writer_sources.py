@@ -82,7 +82,7 @@ def test_a_damaged_state_is_refused(content: str, tmp_path: Path) -> None:
 
 def test_a_state_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / folders.STATE).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=f"cannot read .*{folders.STATE}: Is a directory"):
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{folders.STATE}: Is a directory"):
         PartialFolder(tmp_path / "out", {})
 
 

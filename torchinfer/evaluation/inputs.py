@@ -152,7 +152,7 @@ def _inputs(
 ) -> Inputs | None:
     known = cache_dtypes(model.dtype)
     problems += _unknown("kv", options.kv, (AUTO, *known))
-    problems += scheme_problems((scheme for scheme in options.schemes if scheme in SCHEMES), model.config, device)
+    problems += _scheme_problems(options, model, device)
     context = options.context or min(model.config.context_length, DEFAULT_CONTEXT)
     if context > model.config.context_length:
         problems.append(f"context={context} exceeds the model's context of {model.config.context_length} tokens")
@@ -181,6 +181,19 @@ def _inputs(
     size = needed_bytes(inputs.num_scored, model.config.vocab_size, options.reference_dtype)
     problems += space_problems(size if inputs.num_pairs > 1 else 0, options.scratch)
     return inputs
+
+
+def _scheme_problems(options: EvaluationOptions, model: _Model, device: torch.device) -> list[str]:
+    asked = [scheme for scheme in options.schemes if scheme in SCHEMES]
+    if model.checkpoint.quantization is None:
+        return scheme_problems(asked, model.config, device)
+    schemes = [scheme for scheme in asked if scheme != UNQUANTIZED]
+    if not schemes:
+        return []
+    return [
+        f"schemes has {', '.join(schemes)}, but {model.checkpoint.address} is quantized already: leave them out, or "
+        "take the checkpoint that it was made of"
+    ]
 
 
 def _token_problems(

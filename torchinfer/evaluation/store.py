@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchinfer.errors import ConfigError
+from torchinfer.errors import ConfigError, raise_all
 
 SMALLEST = float(np.finfo(np.float16).min)
 
@@ -35,11 +35,19 @@ def space_problems(num_bytes: int, folder: str | Path | None) -> list[str]:
         return [f"scratch={str(path)!r} must be a folder that is there"]
     free = shutil.disk_usage(path).free
     if num_bytes <= free:
-        return []
+        return _writing_problems(path)
     return [
         f"the reference's logits take {num_bytes / 1e9:.2f} GB, but {path} has {free / 1e9:.2f} GB free; lower "
         "max_tokens, set reference_dtype to float16, or name another folder with scratch"
     ]
+
+
+def _writing_problems(path: Path) -> list[str]:
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        return [f"scratch={str(path)!r} cannot be written to: {error.strerror}; name another folder with scratch"]
+    return []
 
 
 class ReferenceStore:
@@ -48,10 +56,11 @@ class ReferenceStore:
     def __init__(self, num_rows: int, vocab_size: int, dtype: str, folder: str | Path | None) -> None:
         """
         Raises:
-            ConfigError: the folder has not enough space.
+            ConfigError: the folder cannot be written to, or has not enough space.
         """
         self._dtype = np.dtype(dtype)
         self._vocab_size = vocab_size
+        raise_all(_writing_problems(Path(folder or tempfile.gettempdir())), ConfigError, "the reference's logits")
         self._file = tempfile.TemporaryFile(prefix="torchinfer-eval-", dir=folder)
         try:
             os.posix_fallocate(self._file.fileno(), 0, needed_bytes(num_rows, vocab_size, dtype))

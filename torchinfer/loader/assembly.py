@@ -240,11 +240,7 @@ def _scales(model: nn.Module) -> set[str]:
 
 
 def check_scale(name: str, scale: Tensor) -> None:
-    """Refuse scales that turn weights into what is not finite, or into nothing.
-
-    Raises:
-        CheckpointError: with `name`, that of what has such scales.
-    """
+    """Refuse scales that turn weights into what is not finite, or into nothing; `name` is what is wrong then."""
     if not scale.numel():
         return
     low, high = (bound.item() for bound in torch.aminmax(scale))  # NaN if there is one

@@ -26,6 +26,7 @@ from torchinfer.quantization import SCHEMES, QuantizedMatrix, Scheme, Source
 logger = logging.getLogger(__name__)
 
 NONE = "none"
+ALL = "*"  # what is left; that may be nothing
 HEAD = "lm_head"
 
 
@@ -55,7 +56,7 @@ def choose_schemes(
     model: nn.Module, request: str | Mapping[str, str], device: torch.device
 ) -> list[tuple[MatrixName, Scheme]]:
     """The matrices that a request quantizes; raises as `quantize_model`."""
-    patterns = {"*": request} if isinstance(request, str) else dict(request)
+    patterns = {ALL: request} if isinstance(request, str) else dict(request)
     raise_all(_unknown(patterns), ConfigError, "quantization")
     matrices = list(matrices_of(model))
     chosen, problems = _choose(matrices, patterns)
@@ -129,13 +130,24 @@ def _choose(
         elif names[0] != NONE:
             chosen.append((matrix, SCHEMES[names[0]]))
     layers = [layer for matrix in matrices for layer in matrix.layers]
-    problems += [
-        f"no layer's name fits pattern {pattern!r}; names are such as {', '.join(map(quoted, layers[:2]))}; "
-        "embeddings, norms and routers are not quantized, a tied head neither"
-        for pattern in patterns
-        if pattern not in used and not any(fnmatchcase(layer, pattern) for layer in layers)
-    ]
-    return chosen, problems
+    unused = [pattern for pattern in patterns if pattern not in used and pattern != ALL]
+    return chosen, problems + [_why_unused(pattern, patterns, layers) for pattern in unused]
+
+
+def _why_unused(pattern: str, patterns: Mapping[str, str], layers: list[str]) -> str:
+    fitting = [layer for layer in layers if fnmatchcase(layer, pattern)]
+    if not fitting:
+        return (
+            f"no layer's name fits pattern {pattern!r}; names are such as {', '.join(map(quoted, layers[:2]))}; "
+            "embeddings, norms and routers are not quantized, a tied head neither"
+        )
+    takers = {_pattern_of(layer, patterns) for layer in fitting} - {None}
+    if not takers:
+        return f"pattern {pattern!r} has no effect: the head is quantized only where {HEAD!r} names it"
+    return (
+        f"pattern {pattern!r} has no effect: all layers that it fits, such as {quoted(fitting[0])}, are taken by "
+        f"{', '.join(sorted(map(repr, takers)))}: put it ahead, or leave it out"
+    )
 
 
 def _pattern_of(layer: str, patterns: Mapping[str, str]) -> str | None:

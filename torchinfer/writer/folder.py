@@ -32,6 +32,7 @@ ADVICE = {
     errno.ENOSPC: "the disk is full: free some of it and run the same command again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
     errno.EDQUOT: "the quota is used up: free some of it and run the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name a folder on a filesystem without it",
 }
 
 
@@ -199,6 +200,9 @@ class PartialFolder:
         """The state of the run that created the folder; None if there was none, or it had not begun to write."""
         try:
             found = json.loads((self.path / STATE).read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f"it has {_short(found)}, not an object")
+            return found
         except (FileNotFoundError, NotADirectoryError):
             names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
             if names - {f"{STATE}{PARTIAL}"} or (self.path.exists() and not self.path.is_dir()):
@@ -207,11 +211,10 @@ class PartialFolder:
         except ValueError as error:
             raise ConfigError(f"{self.path / STATE} is damaged: {error}; remove {self.path}") from error
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.path / STATE}: {error.strerror}; remove {self.path}") from error
-        if not isinstance(found, dict):
-            kind = type(found).__name__
-            raise ConfigError(f"{self.path / STATE} is damaged: it holds a {kind}, no object; remove {self.path}")
-        return found
+            raise CheckpointError(
+                f"cannot read {self.path / STATE}: {error.strerror} (errno {error.errno}); make it readable, or remove "
+                f"{self.path}"
+            ) from error
 
 
 @contextlib.contextmanager

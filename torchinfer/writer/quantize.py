@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ from torchinfer.loader.plan import Extent, Piece, check_fits, extent_bytes, plan
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
-from torchinfer.loader.stall import read_file
+from torchinfer.loader.source import Source
+from torchinfer.loader.stall import Trial, read_file, unless_stalled
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.loader.weights import (
     FIRST_NETWORK_READERS,
@@ -112,6 +114,7 @@ def quantize_checkpoint(
     folder = PartialFolder(Path(output), _state(checkpoint, request, calibration))
     missing = [file for file in files if not folder.has(file)]
     run = _Run(checkpoint, placements, missing, folder, options)
+    copied = _copied_files(checkpoint)
     folder.check_space(missing)
     plan = None if calibration is None else _plan_calibration(checkpoint, request, calibration)
     with folder:
@@ -120,7 +123,7 @@ def quantize_checkpoint(
             run = replace(run, placements=smoothing.applied_to(placements))
         start = time.perf_counter()
         run.write(progress)
-        _write_small_files(checkpoint, files, section, folder)
+        _write_small_files(checkpoint, files, section, copied, folder)
         folder.finish()
     report = WriteReport(
         seconds=time.perf_counter() - start,
@@ -275,7 +278,7 @@ class _Run:
         if placement.matrix is not None:
             value = content.view(piece.entry.dtype).view(piece.shape)
             packed = placement.pack(value)
-            check_scale(piece.entry.name, packed["scale"])
+            check_scale(piece.entry.name, packed["scale"])  # as a load does
             numbers = encode(packed, placement.matrix.scheme)
         elif placement.convert is not None:
             numbers = [placement.convert(content.view(piece.entry.dtype).view(piece.shape))]
@@ -323,28 +326,31 @@ class _Run:
         )
 
 
-def _copied(checkpoint: Checkpoint) -> list[str]:
-    """The files that are copied as they are."""
-    names = [name for name in checkpoint.source.names() if name != CONFIG and not name.endswith(INDEX_SUFFIX)]
-    return [name for name in names if name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)]
-
-
-def _check_copied(checkpoint: Checkpoint) -> None:
-    sizes = {name: checkpoint.source.stat(name).size for name in _copied(checkpoint)}
+def _copied_files(checkpoint: Checkpoint) -> list[str]:
+    """The tokenizer's files, and all others that are neither tensors nor a program."""
+    source = checkpoint.source
+    names = [name for name in source.names() if name.endswith(COPIED_SUFFIXES) or name.startswith(COPIED_NAMES)]
+    names = [name for name in names if name != CONFIG and not name.endswith(INDEX_SUFFIX)]
+    sizes = {name: unless_stalled(f"look at {source.address}/{name}", partial(_size, source, name)) for name in names}
     problems = [
-        f"{name} has {size} bytes, and files of at most {MAX_COPIED_BYTES} bytes are copied: move it out of "
-        f"{checkpoint.address}"
+        f"{source.address}/{name} has {size} bytes, and at most {MAX_COPIED_BYTES} are copied of a file that is no "
+        "tensors: move it out of the folder"
         for name, size in sizes.items()
         if size > MAX_COPIED_BYTES
     ]
-    raise_all(problems, ConfigError, f"{checkpoint.address} cannot be copied")
+    raise_all(problems, ConfigError, "what is beside the tensors")
+    return names
+
+
+def _size(source: Source, name: str, trial: Trial) -> int:
+    return source.stat(name).size
 
 
 def _write_small_files(
-    checkpoint: Checkpoint, files: list[FilePlan], section: dict[str, Any], folder: PartialFolder
+    checkpoint: Checkpoint, files: list[FilePlan], section: dict[str, Any], copied: list[str], folder: PartialFolder
 ) -> None:
-    """config.json, the index, and copies of the tokenizer and of all that is neither tensors nor a program."""
-    for name in _copied(checkpoint):
+    """config.json, the index, and copies of what is beside the tensors."""
+    for name in copied:
         folder.write_file(name, read_file(checkpoint.source, name, MAX_COPIED_BYTES))
     config = {**checkpoint.config, "quantization_config": section}
     folder.write_file(CONFIG, json.dumps(config, indent=2, ensure_ascii=False).encode())

@@ -175,6 +175,8 @@ def test_zero_points_of_symmetric_weights_must_be_zeros(int8):
         (with_group(input_activations={**INPUTS, "type": "float"}), "input_activations.type='float'"),
         (with_group(input_activations={**INPUTS, "dynamic": "local"}), "dynamic='local'"),
         (with_group(output_activations=INPUTS), "output_activations"),
+        (with_group(targets=["Linear", "re:("]), "config_groups.group_0.targets has 're:('"),
+        ({"ignore": ["re:*"]}, "ignore has 're:*'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(int8, settings, expected):

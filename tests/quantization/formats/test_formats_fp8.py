@@ -72,6 +72,16 @@ def test_logits_with_blocks_equal_those_of_transformers_numbers(bed):
     assert_close(bed.logits(), bed.expected_logits())
 
 
+def test_blocks_taller_than_a_matrix_take_no_more_memory(bed):
+    def in_one_row(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = weight.view(len(weight), -1, 32).abs().amax((0, 2))[None] / 448
+        values = (weight / scale.repeat_interleave(32, 1)).to(FP8)
+        return {".weight": values, ".weight_scale_inv": scale}, values.float() * scale.repeat_interleave(32, 1)
+
+    bed.quantize(in_one_row, {**BLOCKS, "weight_block_size": [10**12, 32]})
+    assert_close(bed.logits(), bed.expected_logits())
+
+
 def test_experts_in_blocks_are_read(make_bed):
     bed = make_bed("qwen3-moe")
     bed.quantize(in_blocks, {**BLOCKS, "scale_fmt": "ue8m0"})

@@ -177,6 +177,7 @@ def test_a_group_that_is_not_there_is_refused(small):
         ({"is_marlin_format": True}, "is_marlin_format=True"),
         ({"desc_act": "yes"}, "desc_act='yes'"),
         ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, "'+:.*down_proj'"),
+        ({"dynamic": 5}, "dynamic=5 must be an object"),
         ({"adapter": {"rank": 4}}, "adapter={'rank': 4}"),
         ({"quant_method": "aqlm"}, "'aqlm'"),
         ({"quant_method": None}, "quant_method=None"),

@@ -34,6 +34,7 @@ FORMATS = {
 }
 MIXED = "mixed-precision"
 LINEAR = "Linear"
+REGEX = "re:"
 # Names that vLLM gives to layers that it merges, and that lists may use.
 MERGED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj"}
 MERGED |= {"up_proj": "gate_up_proj", "w1": "w13", "w3": "w13"}
@@ -61,7 +62,7 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
         sparsity.finish()
     settings.must_be("moe_sparsity_config", {})
     kind = settings.choice("format", (*FORMATS, MIXED))
-    ignored = settings.names("ignore")
+    ignored = _patterns(settings, "ignore")
     has_cache_scales = settings.get("kv_cache_scheme") is not None
     groups = [] if settings.problems else list(_groups(settings, kind))
     notes = {note for group in groups for note in _notes(group.recipe)}
@@ -87,11 +88,24 @@ def _groups(settings: Settings, kind: str) -> Iterator[_Group]:
             continue
         own = group.choice("format", tuple(FORMATS), None if kind == MIXED else kind)
         recipe = _read_group(group, own)
-        targets = group.names("targets")
+        targets = _patterns(group, "targets")
         group.must_be("output_activations", {})
         group.finish()
         if recipe is not None:
             yield _Group(targets, recipe)
+
+
+def _patterns(settings: Settings, name: str) -> tuple[str, ...]:
+    """Names, or regular expressions after re:."""
+    found = settings.names(name)
+    for text in found:
+        try:
+            re.compile(text.removeprefix(REGEX) if text.startswith(REGEX) else "")
+        except re.error as error:
+            settings.problems.append(
+                f"{settings.path}{name} has {text!r}, which is no regular expression: {error}; correct it"
+            )
+    return found
 
 
 def _read_group(group: Settings, kind: str) -> CompressedLayer | None:
@@ -193,6 +207,6 @@ def _recipe(groups: Sequence[_Group], ignored: Sequence[str], layer: str) -> Com
 def _matches(layer: str, target: str) -> bool:
     head, _, last = layer.rpartition(".")
     names = [layer, f"{head}.{MERGED[last]}"] if last in MERGED else [layer]
-    if target.startswith("re:"):
-        return any(re.match(target.removeprefix("re:"), name) for name in names)
+    if target.startswith(REGEX):
+        return any(re.match(target.removeprefix(REGEX), name) for name in names)
     return target in names

@@ -35,6 +35,7 @@ from torchinfer.quantization.source import Shape, Source
 logger = logging.getLogger(__name__)
 
 FP8 = (torch.float8_e4m3fn,)
+LARGEST_BOUND = torch.finfo(torch.float32).max
 UNQUANTIZED = (*FLOATS, torch.float64)
 BLOCKS_NOTE = (
     "weights in fp8 blocks are multiplied with inputs as they are, not rounded to fp8: nearer to the unquantized model"
@@ -103,8 +104,8 @@ def read_fbgemm(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format
     settings.skip("quant_method quantization_status")
     bound = settings.get("activation_scale_ub")
     bound = 1200.0 if bound is None else bound
-    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
-        settings.problems.append(f"activation_scale_ub={bound!r} must be a positive number")
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound <= LARGEST_BOUND:
+        settings.problems.append(f"activation_scale_ub={bound!r} must be a positive number that float32 holds")
         bound = 1.0
     recipe = Fp8(".weight_scale", input_bound=float(bound))
     ignored = settings.names("modules_to_not_convert")

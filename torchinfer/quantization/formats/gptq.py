@@ -100,11 +100,11 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     settings.must_be("method", "gptq")
     settings.must_be("is_marlin_format", False)
     settings.must_be("pack_dtype", "int32")
-    overrides = settings.get("dynamic") or {}
+    overrides = settings.section("dynamic")
     settings.problems += [
         f"dynamic has {pattern!r}, with settings of its own, which is not supported; only patterns of layers that are "
         "not quantized (-:...) are"
-        for pattern in overrides
+        for pattern in (overrides.raw if overrides is not None else ())
         if not pattern.startswith("-:")
     ]
     recipe = Gptq(bits, group, has_order and group is not None, kind == V2)

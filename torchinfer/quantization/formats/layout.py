@@ -81,8 +81,8 @@ def input_scale_source(suffix: str) -> Source:
 
 
 def own_row_block(part_rows: Sequence[int], row_block: int) -> int:
-    """1 where parts that were merged do not begin with a block: then each row gets its scale."""
-    return 1 if any(rows % row_block for rows in part_rows[:-1]) else row_block
+    """1 where parts that were merged do not begin with a block: then each row gets its scale. No more than rows."""
+    return 1 if any(rows % row_block for rows in part_rows[:-1]) else min(row_block, max(part_rows))
 
 
 def is_listed(layer: str, names: Sequence[str]) -> bool:

@@ -31,7 +31,8 @@ def scale_rows(scale: Tensor, shape: Shape, row_block: int = 1) -> Tensor:
     """A scale of all, of each row [O] or [O, G], or of blocks of rows [B, G] -> float32 `shape` [O, G]."""
     if scale.numel() == 1:
         return scale.float().reshape(1, 1).expand(shape)
-    return scale.float().reshape(-1, shape[1]).repeat_interleave(row_block, 0)[: shape[0]]
+    repeats = min(row_block, shape[0])  # a block that is taller than the matrix is cut off
+    return scale.float().reshape(-1, shape[1]).repeat_interleave(repeats, 0)[: shape[0]]
 
 
 def group_index(index: Tensor, shape: Shape, group: int) -> Tensor:
