@@ -30,7 +30,6 @@ CALIBRATION = "quantize.calibration"  # what was measured
 SPARE_BYTES = 16 << 20  # of small files, and what a filesystem needs for itself
 ADVICE = {
     errno.ENOSPC: "the disk is full: free some of it and run the same command again",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f) and run the same command again",
     errno.EDQUOT: "the quota is used up: free some of it and run the same command again",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f), or name a folder on a filesystem without it",
 }

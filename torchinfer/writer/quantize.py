@@ -109,7 +109,6 @@ def quantize_checkpoint(
     _check_address(output)
     checkpoint = Checkpoint.open(model)
     placements, section = _plan(checkpoint, request)
-    _check_copied(checkpoint)
     files = plan_files(checkpoint, placements)
     folder = PartialFolder(Path(output), _state(checkpoint, request, calibration))
     missing = [file for file in files if not folder.has(file)]
