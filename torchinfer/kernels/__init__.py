@@ -17,13 +17,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchinfer.batch import Batch
+from torchinfer.errors import ConfigError
 from torchinfer.quantized_weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "rms_norm": (),
+    "rms_norm": ("cpu",),
     "rotary_embedding": (),
     "gated_activation": (),
     "write_kv_pages": (),
@@ -41,6 +42,8 @@ def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
         backend = BACKENDS.get(device_type, "")
         if os.environ.get("TORCHINFER_KERNELS") == "reference" and backend != "tpu":
             backend = ""
+        if backend == "cpu" and not _has_cpu_library():
+            backend = ""
         table = {}
         for op, backends in PORTS.items():
             folder = backend if backend in backends else "reference"
@@ -49,6 +52,14 @@ def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
         logger.info("kernels for %s: reference for %s", device_type, ", ".join(fallbacks) or "none")
         _loaded[device_type] = table
     return _loaded[device_type]
+
+
+def _has_cpu_library() -> bool:
+    library = importlib.import_module("torchinfer.kernels.cpu.library")
+    try:
+        return library.open_library() is not None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
