@@ -28,6 +28,8 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "choose_level": (ctypes.c_char_p,),
     "num_threads": (),
     "configure": (_INT32, _INT32),
+    "pack": (_POINTER, _POINTER, _POINTER),
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
 }
 
@@ -47,6 +49,8 @@ def open_library() -> ctypes.CDLL | None:
     for name, arguments in PROTOTYPES.items():
         function = getattr(library, f"torchinfer_cpu_{name}")
         function.argtypes, function.restype = arguments, _INT32
+    library.torchinfer_cpu_packed_bytes.argtypes = (_POINTER,)
+    library.torchinfer_cpu_packed_bytes.restype = _INT64
     for name in ("level", "levels"):
         getattr(library, f"torchinfer_cpu_{name}").restype = ctypes.c_char_p
     choose_level(library, os.environ.get(ISA_VARIABLE, ""))

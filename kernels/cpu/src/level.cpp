@@ -5,6 +5,7 @@
 #include "types.h"
 #include "vector.h"
 //
+#include "linear.h"
 #include "rms_norm.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
@@ -12,6 +13,7 @@ namespace torchinfer::TORCHINFER_LEVEL {
 extern const Kernels table;
 const Kernels table = {
     rms_norm,
+    linear,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL

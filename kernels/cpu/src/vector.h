@@ -33,16 +33,6 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
-inline float to_float(float value) { return value; }
-inline float to_float(Bf16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
-
-// Rounded to nearest, even where two are as near; NaN stays one.
-inline Bf16 round_to(float value, const Bf16*) {
-    const uint32_t bits = as_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
-    return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
 // The first `count` of 16 values; the others are zero. Nothing behind them is read or written.
 template <class T>
 inline F load_part(const T* source, int64_t count) {
@@ -67,6 +57,19 @@ inline void store_some(T* target, F value, int64_t count) {
     } else {
         store_part(target, value, count);
     }
+}
+
+inline int32_t sum(I value) {
+    int32_t lanes[16], total = 0;
+    store(lanes, value);
+    for (int i = 0; i < 16; ++i) total += lanes[i];
+    return total;
+}
+inline int32_t largest(I value) {
+    int32_t lanes[16], most = INT32_MIN;
+    store(lanes, value);
+    for (int i = 0; i < 16; ++i) most = lanes[i] > most ? lanes[i] : most;
+    return most;
 }
 
 // Always in the same order, so that a sum does not depend on the level's registers.

@@ -86,6 +86,16 @@ inline I round_to_int(F a) { FOR_BOTH(I, _mm256_cvtps_epi32(a.v[i])); }
 inline void store(int32_t* p, I a) {
     for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8 * i), a.v[i]);
 }
+template <int kBits>
+inline I shift_right(I a) {
+    FOR_BOTH(I, _mm256_srai_epi32(a.v[i], kBits));
+}
+// Each number is within int8.
+inline void store_as_bytes(int8_t* p, I a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.v[0], a.v[1]), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) {
     FOR_BOTH(I, _mm256_and_si256(_mm256_castps_si256(a.v[i]), _mm256_set1_epi32(0x7fffffff)));

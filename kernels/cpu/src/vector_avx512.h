@@ -68,6 +68,14 @@ inline I load_bytes_as_int(const uint8_t* p) {
 // Nearest, even where two are as near.
 inline I round_to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+template <int kBits>
+inline I shift_right(I a) {
+    return {_mm512_srai_epi32(a.v, kBits)};
+}
+// Each number is within int8.
+inline void store_as_bytes(int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) { return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))}; }
 inline I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }

@@ -85,6 +85,16 @@ inline I round_to_int(F a) { FOR_ALL(I, vcvtnq_s32_f32(a.v[i])); }
 inline void store(int32_t* p, I a) {
     for (int i = 0; i < 4; ++i) vst1q_s32(p + 4 * i, a.v[i]);
 }
+template <int kBits>
+inline I shift_right(I a) {
+    FOR_ALL(I, vshrq_n_s32(a.v[i], kBits));
+}
+// Each number is within int8.
+inline void store_as_bytes(int8_t* p, I a) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(a.v[0]), vmovn_s32(a.v[1]));
+    const int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) {
     FOR_ALL(I, vandq_s32(vreinterpretq_s32_f32(a.v[i]), vdupq_n_s32(0x7fffffff)));

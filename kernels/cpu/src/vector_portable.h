@@ -99,6 +99,14 @@ inline I round_to_int(F a) {
 inline void store(int32_t* p, I a) {
     for (int i = 0; i < 16; ++i) p[i] = a.v[i];
 }
+template <int kBits>
+inline I shift_right(I a) {
+    FOR_LANES(I, a.v[i] >> kBits);
+}
+// Each number is within int8.
+inline void store_as_bytes(int8_t* p, I a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) { FOR_LANES(I, static_cast<int32_t>(scalar_bits(a.v[i]) & 0x7fffffff)); }
 
