@@ -17,7 +17,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-PATH = Path(__file__).with_name("libtorchinfer_cpu.so")
+LIBRARY_VARIABLE = "TORCHINFER_CPU_LIBRARY"  # scripts/sanitize has one of its own
+PATH = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("libtorchinfer_cpu.so"))
 ISA_VARIABLE = "TORCHINFER_CPU_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in src/types.h
 STATUS = {1: "a tensor is not aligned to its elements", 2: "a shape, dtype or size does not fit", 3: "no memory"}

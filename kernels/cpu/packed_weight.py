@@ -75,7 +75,7 @@ def can_prepare(weight: Tensor | QuantizedWeight) -> bool:
         columns = values.shape[-1] * (2 if values.dtype == torch.uint8 else 1)
         group = min(weight.column_block, columns)
         is_known = values.dtype in FORMATS and weight.group_index is None and weight.activations in ACTIVATIONS
-        is_known &= weight.input_scale is None or weight.input_scale.shape[-1] == 1 and values.ndim == 2
+        is_known &= weight.input_scale is None or (weight.input_scale.shape[-1] == 1 and values.ndim == 2)
         is_known &= weight.activations == "none" or _is_rounded_alike(weight)
     return is_known and 0 < columns <= MOST_INPUTS and (group >= columns or group % GROUP_MULTIPLE == 0)
 

@@ -98,8 +98,8 @@ def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> Pr
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x times the transposed matrix, plus bias.
 
-    x: [N, I]; weight: [O, I]; bias: [O] in x's dtype. Returns [N, O] in x's dtype. A matrix that was prepared gives each
-    row the same bits whatever rows come with it; it takes x in the matrix's own dtype, or in any if it is quantized.
+    x: [N, I]; weight: [O, I]; bias: [O] in x's dtype. Returns [N, O] in x's dtype. A matrix that was prepared gives
+    each row the same bits whatever rows come with it; it takes x in its own dtype, or in any if it is quantized.
     """
     if isinstance(weight, QuantizedWeight):
         product = quantized_matmul(x, weight)
