@@ -1,11 +1,22 @@
 """Packages of torchinfer. `kernels/` and `serving/` are top-level folders of the repository and subpackages of
 `torchinfer` once installed: nothing else becomes importable."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
-KERNEL_BACKENDS = ("reference", "tpu")
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+KERNEL_BACKENDS = ("reference", "cpu", "tpu")
+LIBRARY = "torchinfer.kernels.cpu.libtorchinfer_cpu"
 package_dir = {f"torchinfer.kernels.{name}": f"kernels/{name}" for name in KERNEL_BACKENDS}
 package_dir["torchinfer.serving"] = "serving"
 
@@ -35,6 +46,37 @@ DEV = [
     "wheel",
 ]
 
+
+class BuildLibrary(build_ext):
+    """Builds the CPU kernels with CMake. Where that fails the package works without them, and says so at run time."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """No tag of a Python version: the library is loaded with ctypes and knows nothing of Python."""
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        """Raises CompileError, which setuptools turns into a warning because the extension is optional."""
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        folder = Path(self.build_temp).resolve() / "cpu"
+        configure = ["cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(folder)]
+        configure += [f"-DTORCHINFER_OUTPUT={output}", "-DCMAKE_BUILD_TYPE=Release"]
+        if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists():
+            configure += ["-G", "Ninja"]
+        try:
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(folder), "--parallel"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"the CPU kernels could not be built ({error}); PyTorch will compute instead") from error
+
+
+class PlatformWheel(bdist_wheel):
+    """One wheel for all versions of Python on a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Interpreter, ABI, platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     name="torchinfer",
     version="0.1.0",
@@ -46,6 +88,8 @@ setup(
     package_dir=package_dir,
     packages=find_packages(include=["torchinfer", "torchinfer.*"]) + sorted(package_dir),
     package_data={"torchinfer": ["py.typed"], "torchinfer.serving": ["*.proto", "*.pyi"]},
+    ext_modules=[Extension(LIBRARY, sources=[], optional=True)],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     install_requires=[
         "torch>=2.9",
         "transformers>=4.57,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*,!=5.8.*,!=5.9.*,!=5.10.0",

@@ -17,6 +17,7 @@ HOMES = {
     "jax": ("torchinfer.kernels.tpu",),
     "jaxlib": ("torchinfer.kernels.tpu",),
     "triton": ("torchinfer.kernels.cuda",),
+    "ctypes": ("torchinfer.kernels.cpu",),
     "grpc": ("torchinfer.serving",),
     "google": ("torchinfer.serving",),
     "google_crc32c": ("torchinfer.fake_gcs_objects", "torchinfer.loader.checksum"),
@@ -39,7 +40,12 @@ WITHOUT_TORCH = (
     "torchinfer.scheduler",
     "torchinfer.sequence",
 )
-BACKENDS = ("torchinfer.kernels.reference", "torchinfer.kernels.tpu", "torchinfer.kernels.cuda")
+BACKENDS = (
+    "torchinfer.kernels.reference",
+    "torchinfer.kernels.cpu",
+    "torchinfer.kernels.tpu",
+    "torchinfer.kernels.cuda",
+)
 
 # Top to bottom: a module imports from its own line and from those below it, never from above.
 LAYERS = (

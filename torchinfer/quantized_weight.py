@@ -1,5 +1,7 @@
 """A matrix in fewer bits: its tensors, and what they mean. Plain data, read by kernels.
 
+Also what a device made of a matrix for its own kernels, as far as others may know it.
+
     element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
 
 Letters: E experts, O outputs, I inputs, G groups of inputs, S parts that were merged into one matrix (q, k and v).
@@ -10,10 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 from torch import Tensor
 
 NIBBLE_ZERO = 8  # what stands for zero in 4 bits where a scheme has no zeros of its own
+
+
+class PreparedWeight(Protocol):
+    """A matrix in the layout of one device's kernels; only they read it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[O, I], or [E, O, I]."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+
+    def numel(self) -> int:
+        """Numbers that it stands for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ def start_engine(config: EngineConfig) -> Engine:
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
     )
+    model.prepare()
     num_pages = _resolve_num_pages(config, model_config, kv_cache_dtype, device, max_model_len)
     kernels.load_ports(device.type)
     kv_caches = allocate(model_config, num_pages, config.page_size, kv_cache_dtype, device)

@@ -17,30 +17,32 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchinfer.batch import Batch, KVCache
-from torchinfer.quantized_weight import QuantizedWeight
+from torchinfer.errors import ConfigError
+from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "rms_norm": (),
+    "linear": ("cpu",),
+    "rms_norm": ("cpu",),
     "rotary_embedding": (),
     "gated_activation": (),
     "write_kv_pages": ("tpu",),
     "paged_attention": ("tpu",),
-    "grouped_matmul": ("tpu",),
+    "grouped_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
     "dequantize": (),
 }
+PREPARING = ("cpu",)  # folders with a layout of their own for matrices: packed_weight.py
+_folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
 
 
 def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
     """Import every op's implementation for a device type, once; log those that fall back to the reference."""
     if device_type not in _loaded:
-        backend = BACKENDS.get(device_type, "")
-        if os.environ.get("TORCHINFER_KERNELS") == "reference" and backend != "tpu":
-            backend = ""
+        backend = _find_folder(device_type)
         table = {}
         for op, backends in PORTS.items():
             folder = backend if backend in backends else "reference"
@@ -51,11 +53,58 @@ def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
     return _loaded[device_type]
 
 
+def _find_folder(device_type: str) -> str:
+    """The folder of a device's ports; reference if it has none, or none that work here."""
+    if device_type not in _folders:
+        folder = BACKENDS.get(device_type, "reference")
+        is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
+        if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
+            folder = "reference"
+        _folders[device_type] = folder
+    return _folders[device_type]
+
+
+def _has_cpu_library() -> bool:
+    library = importlib.import_module("torchinfer.kernels.cpu.library")
+    try:
+        return library.open_library() is not None
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     device_type = x.device.type
     if device_type not in _loaded:
         load_ports(device_type)
     return _loaded[device_type][op]
+
+
+def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PreparedWeight | None:
+    """Bring a matrix [O, I], or experts' [E, O, I], into the layout that the device's kernels stream, once.
+
+    None where the device has no such layout or no kernel for the matrix, which then stays as it is. With
+    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
+    """
+    values = weight if isinstance(weight, Tensor) else weight.values
+    device_type = values.device.type
+    folder = _find_folder(device_type)
+    if folder not in PREPARING:
+        return None
+    prepared: PreparedWeight | None
+    prepared = importlib.import_module(f"torchinfer.kernels.{folder}.packed_weight").prepare(weight, may_overwrite)
+    return prepared
+
+
+def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x times the transposed matrix, plus bias.
+
+    x: [N, I]; weight: [O, I]; bias: [O] in x's dtype. Returns [N, O] in x's dtype. A matrix that was prepared gives
+    each row the same bits whatever rows come with it; it takes x in its own dtype, or in any if it is quantized.
+    """
+    if isinstance(weight, QuantizedWeight):
+        product = quantized_matmul(x, weight)
+        return product if bias is None else product + bias
+    return _port("linear", x)(x, weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
@@ -114,7 +163,7 @@ def paged_attention(
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
 
 
-def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight, group_sizes: Tensor) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor) -> Tensor:
     """x's rows, sorted by group, each times the transposed weight of its group.
 
     x: [N, I]; weight: [E, O, I]; group_sizes: [E] int32 with sum at most N; rows past the sum return zeros.

@@ -16,6 +16,7 @@ from torchinfer import kernels
 from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig
 from torchinfer.quantization.matrix import QuantizedMatrix
+from torchinfer.quantized_weight import PreparedWeight
 
 
 class Layer(nn.Module):
@@ -30,6 +31,8 @@ class Linear(Layer):
     `is_router`: small, and decides which experts see a token: never quantized.
     """
 
+    MATRICES = ("weight",)  # what prepare_matrices may replace
+
     def __init__(
         self, in_features: int, outputs: int | Mapping[str, int], has_bias: bool = False, is_router: bool = False
     ) -> None:
@@ -39,19 +42,32 @@ class Linear(Layer):
         names = [] if isinstance(outputs, int) else list(outputs)
         ends = list(accumulate(sizes))
         self.slots = {name: slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=bool(names))}
-        self.weight: nn.Parameter | QuantizedMatrix
+        self.weight: nn.Parameter | QuantizedMatrix | PreparedWeight
         self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
-        if isinstance(self.weight, nn.Parameter):
-            return functional.linear(x, self.weight, self.bias)
-        bound = self.weight.scheme.input_bound
-        if bound is not None:
-            x = x.clamp(-bound, bound)
-        product = kernels.quantized_matmul(x, self.weight())
-        return product if self.bias is None else product + self.bias
+        weight = self.weight
+        if isinstance(weight, QuantizedMatrix):
+            bound = weight.scheme.input_bound
+            return kernels.linear(x if bound is None else x.clamp(-bound, bound), weight(), self.bias)
+        return kernels.linear(x, weight, self.bias)
+
+
+def prepare_matrices(layer: nn.Module) -> None:
+    """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there."""
+    for name in getattr(layer, "MATRICES", ()):
+        matrix = getattr(layer, name)
+        is_quantized = isinstance(matrix, QuantizedMatrix)
+        if not is_quantized and not isinstance(matrix, nn.Parameter):
+            continue  # prepared before
+        if is_quantized and matrix.scheme.input_bound is not None:
+            continue  # its inputs are bounded by the layer, which must know the scheme
+        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True)
+        if prepared is not None:
+            delattr(layer, name)  # nn.Module does not let a parameter become anything else
+            setattr(layer, name, prepared)
 
 
 class Embedding(Layer):

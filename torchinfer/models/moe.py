@@ -18,16 +18,19 @@ from torchinfer.batch import Batch
 from torchinfer.models.config import MoEConfig
 from torchinfer.models.layers import GatedMLP, Layer, Linear
 from torchinfer.quantization.matrix import QuantizedMatrix
+from torchinfer.quantized_weight import PreparedWeight
 
 
 class Experts(Layer):
     """The experts' matrices, gate and up merged."""
 
+    MATRICES = ("gate_up", "down")
+
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
         self.slots = {"gate": slice(0, intermediate_size), "up": slice(intermediate_size, 2 * intermediate_size)}
-        self.gate_up: nn.Parameter | QuantizedMatrix
-        self.down: nn.Parameter | QuantizedMatrix
+        self.gate_up: nn.Parameter | QuantizedMatrix | PreparedWeight
+        self.down: nn.Parameter | QuantizedMatrix | PreparedWeight
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size), requires_grad=False)
         self.activation = activation

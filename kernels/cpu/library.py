@@ -1,0 +1,105 @@
+"""The CPU library: loading it, its functions, and what it cannot take turned into exceptions.
+
+It is built from src/ by the top-level CMakeLists.txt, knows nothing of Python or torch, and picks its instructions at
+run time. A machine without it computes with the reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_VARIABLE = "TORCHINFER_CPU_LIBRARY"  # scripts/sanitize has one of its own
+PATH = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("libtorchinfer_cpu.so"))
+ISA_VARIABLE = "TORCHINFER_CPU_ISA"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in src/types.h
+STATUS = {1: "a tensor is not aligned to its elements", 2: "a shape, dtype or size does not fit", 3: "no memory"}
+
+_POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+# Name after torchinfer_cpu_ -> arguments, as src/api.cpp has them.
+PROTOTYPES: dict[str, tuple[type, ...]] = {
+    "choose_level": (ctypes.c_char_p,),
+    "num_threads": (),
+    "configure": (_INT32, _INT32),
+    "pack": (_POINTER, _POINTER, _POINTER),
+    "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
+    "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
+}
+
+
+@functools.cache
+def open_library() -> ctypes.CDLL | None:
+    """The library at the level that the environment names, or the best one; None if there is none, which is logged.
+
+    Raises:
+        ValueError: the machine does not have the level that TORCHINFER_CPU_ISA names.
+    """
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        logger.warning("no CPU kernels, PyTorch computes instead: %s; install again with a C++ compiler", error)
+        return None
+    for name, arguments in PROTOTYPES.items():
+        function = getattr(library, f"torchinfer_cpu_{name}")
+        function.argtypes, function.restype = arguments, _INT32
+    library.torchinfer_cpu_packed_bytes.argtypes = (_POINTER,)
+    library.torchinfer_cpu_packed_bytes.restype = _INT64
+    for name in ("level", "levels"):
+        getattr(library, f"torchinfer_cpu_{name}").restype = ctypes.c_char_p
+    choose_level(library, os.environ.get(ISA_VARIABLE, ""))
+    threads = library.torchinfer_cpu_num_threads()
+    logger.info("CPU kernels: %s, %d threads", library.torchinfer_cpu_level().decode(), threads)
+    return library
+
+
+def levels(library: ctypes.CDLL) -> list[str]:
+    """Names of the levels that this machine has, the best first."""
+    names: str = library.torchinfer_cpu_levels().decode()
+    return names.split()
+
+
+def choose_level(library: ctypes.CDLL, name: str) -> None:
+    """Use a level from now on, "" for the best. What was packed for another stays valid.
+
+    Raises:
+        ValueError: this machine does not have it.
+    """
+    if library.torchinfer_cpu_choose_level(name.encode()):
+        raise ValueError(f"{ISA_VARIABLE}={name!r}, but this machine has {', '.join(levels(library))}: use one of them")
+
+
+def configure(num_threads: int = 0, is_pinned: bool = False) -> None:
+    """Set the threads, 0: as many as the process has CPUs; pinned: each to one of them. Not while it computes."""
+    check(loaded().torchinfer_cpu_configure(num_threads, is_pinned))
+
+
+def loaded() -> ctypes.CDLL:
+    """The library, where a port is called and so it must be there."""
+    library = open_library()
+    assert library is not None, "ports are only used with the library"
+    return library
+
+
+def check(status: int) -> None:
+    """Raise what a function of the library returned, ValueError, if it is not success."""
+    if status:
+        raise ValueError(f"the CPU kernel was not run: {STATUS[status]}")
+
+
+def require(is_fit: bool, rule: str, *tensors: Tensor) -> None:
+    """Refuse tensors before their memory is handed out.
+
+    Raises:
+        ValueError: with the rule, the shapes and dtypes.
+    """
+    if not is_fit:
+        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}" for tensor in tensors)
+        raise ValueError(f"{rule}; got {found}")

@@ -1,0 +1,157 @@
+// Calls the library from several threads, on every level and with several sizes of the pool, and compares each result
+// with plain loops. Run by scripts/sanitize under the sanitizers and, for NEON, under qemu.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "packed.h"
+
+using namespace torchinfer;
+
+extern "C" {
+const char* torchinfer_cpu_levels();
+int32_t torchinfer_cpu_choose_level(const char*);
+int32_t torchinfer_cpu_configure(int32_t, int32_t);
+int64_t torchinfer_cpu_packed_bytes(const PackedWeight*);
+int32_t torchinfer_cpu_pack(const PackedWeight*, const void*, void*);
+int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const void*, const int32_t*, int64_t, int64_t,
+                              int32_t);
+int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
+}
+
+namespace {
+
+constexpr int64_t kRows = 9, kOutputs = 130;
+
+void require(bool is_true, const char* what) {
+    if (is_true) return;
+    std::fprintf(stderr, "wrong: %s\n", what);
+    std::exit(1);
+}
+
+// The same numbers on every machine.
+float number(uint32_t index) {
+    const uint32_t mixed = (index * 2654435761u) ^ (index * 40503u >> 3);
+    return static_cast<float>(static_cast<int32_t>(mixed >> 8 & 0xffff) - 32768) / 32768.0f;
+}
+
+struct Matrix {
+    std::vector<uint8_t> rows;
+    std::vector<float> exact;  // what the rows stand for, [outputs][inputs]
+    PackedWeight weight = {};
+    std::vector<float> scale;
+    uint8_t* packed = nullptr;
+    ~Matrix() { std::free(packed); }
+};
+
+float fp8_value(uint8_t code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float size = exponent > 0 ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+    return code & 128 ? -size : size;
+}
+
+void put(Matrix& matrix, int64_t index, float value) {
+    const int32_t format = matrix.weight.format;
+    if (format == kFormatFloat32) {
+        std::memcpy(&matrix.rows[index * 4], &value, 4);
+    } else if (format == kFormatBf16) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        bits &= 0xffff0000;
+        std::memcpy(&value, &bits, 4);
+        const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(&matrix.rows[index * 2], &upper, 2);
+    } else if (format == kFormatInt8) {
+        value = std::round(value * 127);
+        matrix.rows[index] = static_cast<uint8_t>(static_cast<int8_t>(value));
+    } else if (format == kFormatInt4) {
+        value = std::round(value * 7);
+        matrix.rows[index / 2] |= static_cast<uint8_t>((static_cast<int>(value) + 8) << (index % 2 * 4));
+    } else {
+        const uint8_t code = static_cast<uint8_t>(static_cast<int>(value * 120) & 0xf7);
+        matrix.rows[index] = code;
+        value = fp8_value(code);
+    }
+    matrix.exact[index] = value;
+}
+
+void fill(Matrix& matrix, int32_t format, int64_t inputs, int64_t group) {
+    matrix.weight = {};
+    matrix.weight.num_experts = 1, matrix.weight.outputs = kOutputs, matrix.weight.inputs = inputs;
+    matrix.weight.group = group, matrix.weight.format = format;
+    matrix.rows.assign(static_cast<size_t>(kOutputs * inputs * 4), 0);
+    matrix.exact.resize(static_cast<size_t>(kOutputs * inputs));
+    for (int64_t i = 0; i < kOutputs * inputs; ++i) put(matrix, i, number(static_cast<uint32_t>(i + format)));
+    if (format > kFormatBf16) {
+        matrix.scale.assign(static_cast<size_t>(num_blocks(matrix.weight) * num_groups(matrix.weight) * 64), 0.5f);
+        matrix.weight.scale = matrix.scale.data();
+    }
+    const int64_t bytes = torchinfer_cpu_packed_bytes(&matrix.weight);
+    matrix.packed = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
+    require(torchinfer_cpu_pack(&matrix.weight, matrix.rows.data(), matrix.packed) == kOk, "pack");
+    matrix.weight.values = matrix.packed;
+}
+
+void check_linear(const Matrix& matrix) {
+    const int64_t inputs = matrix.weight.inputs;
+    std::vector<float> x(static_cast<size_t>(kRows * inputs)), y(static_cast<size_t>(kRows * kOutputs));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = number(static_cast<uint32_t>(i + 77));
+    const int32_t status =
+        torchinfer_cpu_linear(&matrix.weight, x.data(), y.data(), nullptr, nullptr, kRows, inputs, kFloat32);
+    require(status == kOk, "status of linear");
+    for (int64_t row = 0; row < kRows; ++row) {
+        for (int64_t output = 0; output < kOutputs; ++output) {
+            double sum = 0, size = 0;
+            for (int64_t k = 0; k < inputs; ++k) {
+                const double product = double{x[row * inputs + k]} * matrix.exact[output * inputs + k];
+                sum += product, size += std::fabs(product);
+            }
+            const double factor = matrix.weight.scale != nullptr ? 0.5 : 1.0;
+            const double error = std::fabs(y[row * kOutputs + output] - sum * factor);
+            require(error <= 1e-5 * size * factor + 1e-6, "linear");
+        }
+    }
+}
+
+void check_rms_norm() {
+    std::vector<float> x(kRows * 500), weight(500, 1.0f), y(x.size());
+    for (size_t i = 0; i < x.size(); ++i) x[i] = number(static_cast<uint32_t>(i));
+    torchinfer_cpu_rms_norm(x.data(), weight.data(), y.data(), kRows, 500, 500, 0.0f, 0.0f, kFloat32);
+    double squares = 0;
+    for (int i = 0; i < 500; ++i) squares += double{y[i]} * y[i];
+    require(std::fabs(squares / 500 - 1) < 1e-4, "rms_norm");
+}
+
+void check_all() {
+    for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
+        for (const int64_t group : {int64_t{1000}, int64_t{32}}) {
+            if (group == 32 && format < kFormatInt4) continue;
+            Matrix matrix;
+            fill(matrix, format, 160, group);
+            check_linear(matrix);
+        }
+    }
+    check_rms_norm();
+}
+
+}  // namespace
+
+int main() {
+    const std::string levels = std::string(torchinfer_cpu_levels()) + " ";
+    for (size_t start = 0; start < levels.size(); start = levels.find(' ', start) + 1) {
+        const std::string level = levels.substr(start, levels.find(' ', start) - start);
+        require(torchinfer_cpu_choose_level(level.c_str()) == kOk, "choose_level");
+        for (int num_threads = 1; num_threads <= 4; ++num_threads) {
+            torchinfer_cpu_configure(num_threads, 0);
+            std::vector<std::thread> callers;
+            for (int caller = 0; caller < 3; ++caller) callers.emplace_back(check_all);
+            for (std::thread& caller : callers) caller.join();
+        }
+        std::printf("%s: as plain loops compute\n", level.c_str());
+    }
+    torchinfer_cpu_configure(1, 0);  // no threads are left at the end
+}

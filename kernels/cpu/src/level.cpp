@@ -1,0 +1,19 @@
+// Compiled once for each level of instruction sets, with its flags, into the namespace TORCHINFER_LEVEL. Nothing of the
+// standard library's templates may come in here: the linker would keep one copy of them, perhaps that with the newest
+// instructions, for all levels. So each file is in the level's namespace, and all but the table has internal linkage.
+#include "isa.h"
+#include "types.h"
+#include "vector.h"
+//
+#include "linear.h"
+#include "rms_norm.h"
+
+namespace torchinfer::TORCHINFER_LEVEL {
+
+extern const Kernels table;
+const Kernels table = {
+    rms_norm,
+    linear,
+};
+
+}  // namespace torchinfer::TORCHINFER_LEVEL

@@ -1,0 +1,249 @@
+// Linear layers: rows of inputs times packed matrices, one matrix or one for each run of rows (experts).
+#pragma once
+
+#include "isa.h"
+#include "pool.h"
+#include "tile.h"
+
+namespace torchinfer::TORCHINFER_LEVEL {
+namespace {
+
+constexpr int64_t kMostRows = 1024;         // at once: a bound on the memory for planes
+constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into planes by the caller alone
+// A row of tiles' inputs and a block of weights must stay in a core's second cache.
+constexpr int64_t kCacheBytes = 512 << 10;
+
+// What is done with a tile's results. Other epilogues (residual, activation) have the same call.
+struct StoreWithBias {
+    void* y;
+    const void* bias;  // [outputs] in y's dtype, or null
+    int64_t outputs;
+    int32_t dtype;
+
+    void operator()(const float* result, int64_t row, int64_t num_rows, int64_t block) const {
+        with_dtype(dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            const int64_t first = block * kBlock, count = outputs - first < kBlock ? outputs - first : kBlock;
+            for (int64_t i = 0; i < num_rows; ++i) {
+                T* const place = static_cast<T*>(y) + (row + i) * outputs + first;
+                for (int64_t output = 0; output < count; output += 16) {
+                    F value = load(result + i * kBlock + output);
+                    if (bias != nullptr) {
+                        value = add(value, load_some(static_cast<const T*>(bias) + first + output, count - output));
+                    }
+                    store_some(place + output, value, count - output);
+                }
+            }
+        });
+    }
+};
+
+// Rows of one expert, of a pass.
+struct Segment {
+    int64_t expert, first, rows;  // `first` counts from the pass's first row
+};
+
+// Memory of a pass.
+struct Scratch {
+    uint8_t* inputs;
+    int32_t* sums;      // [rows][planes][groups]
+    float* row_scale;   // [rows]
+    Segment* segments;
+    int64_t num_segments;
+};
+
+template <class Format, int kPlanes, class Epilogue>
+class Pass {
+  public:
+    static constexpr int kRows = most_rows<Format>(kPlanes);
+
+    Pass(const Linear& task, const Epilogue& epilogue, Scratch scratch, int64_t first_row, int num_threads)
+        : task_(task), weight_(*task.weight), epilogue_(epilogue), scratch_(scratch), first_row_(first_row),
+          num_threads_(num_threads), groups_(num_groups(weight_)), blocks_(num_blocks(weight_)),
+          block_bytes_(block_bytes(weight_)), row_bytes_(padded_inputs(weight_) / Format::kStep * Format::kLaneBytes) {}
+
+    static int64_t scratch_bytes(const PackedWeight& weight, int64_t rows) {
+        const int64_t row_bytes = padded_inputs(weight) / Format::kStep * Format::kLaneBytes;
+        return rows * kPlanes * (row_bytes + num_groups(weight) * 4) + rows * 4 +
+               weight.num_experts * static_cast<int64_t>(sizeof(Segment)) + 4 * kLine;
+    }
+
+    void split_rows(Pool& threads, int64_t num_rows) const {
+        const auto split_row = [&](int64_t row, int) {
+            with_dtype(task_.dtype, [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                split_row_of(static_cast<const T*>(task_.x) + (first_row_ + row) * task_.stride, row);
+            });
+        };
+        if (num_rows * weight_.inputs <= kSerialInputs) {
+            for (int64_t row = 0; row < num_rows; ++row) split_row(row, 0);
+        } else {
+            parallel_for(threads, num_rows, split_row);
+        }
+    }
+
+    void multiply(Pool& threads) const {
+        parallel_for(threads, scratch_.num_segments * blocks_, [&](int64_t item, int) { compute_block(item); });
+    }
+
+  private:
+    template <class T>
+    void split_row_of(const T* x, int64_t row) const {
+        const Segment& segment = segment_of(row);
+        const int64_t in_segment = row - segment.first, tile = in_segment / kRows * kRows;
+        const int64_t rows = segment.rows - tile < kRows ? segment.rows - tile : kRows;
+        const RowTarget target = {scratch_.inputs + (segment.first + tile) * kPlanes * row_bytes_,
+                                  (in_segment - tile) * kPlanes, rows * kPlanes};
+        if constexpr (Format::kIsInteger) {
+            int32_t* const sums = scratch_.sums + row * kPlanes * groups_;
+            scratch_.row_scale[row] = integer_row<Format::kStep, kPlanes>(weight_, x, target, sums);
+        } else {
+            scratch_.row_scale[row] = float_row<Format::kStep, kPlanes>(weight_, x, target);
+        }
+    }
+
+    const Segment& segment_of(int64_t row) const {
+        int64_t low = 0, high = scratch_.num_segments - 1;
+        while (low < high) {
+            const int64_t middle = (low + high + 1) / 2;
+            if (scratch_.segments[middle].first <= row) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        return scratch_.segments[low];
+    }
+
+    const uint8_t* values_of(int64_t item) const {
+        if (item >= scratch_.num_segments * blocks_) return nullptr;
+        const int64_t expert = scratch_.segments[item / blocks_].expert;
+        return weight_.values + (expert * blocks_ + item % blocks_) * block_bytes_;
+    }
+
+    void compute_block(int64_t item) const {
+        const Segment& segment = scratch_.segments[item / blocks_];
+        const int64_t block = item % blocks_, tables = (segment.expert * blocks_ + block) * groups_ * kBlock;
+        const int64_t num_outputs = weight_.outputs - block * kBlock;
+        Tile tile = {};
+        tile.values = values_of(item);
+        tile.scale = weight_.scale == nullptr ? nullptr : weight_.scale + tables;
+        tile.zero = weight_.zero == nullptr ? nullptr : weight_.zero + tables;
+        tile.groups = groups_;
+        tile.steps = padded_inputs(weight_) / groups_ / Format::kStep;
+        tile.vectors = num_outputs < kBlock ? (num_outputs + 15) / 16 : kBlock / 16;
+        // Threads claim items in turn, so the next one of this thread is most likely that.
+        const uint8_t* const next = values_of(item + num_threads_);
+        const int64_t num_tiles = (segment.rows + kRows - 1) / kRows;
+        for (int64_t index = 0; index < num_tiles; ++index) {
+            const int64_t row = segment.first + index * kRows;
+            const int64_t rows = segment.first + segment.rows - row < kRows ? segment.first + segment.rows - row : kRows;
+            tile.inputs = scratch_.inputs + row * kPlanes * row_bytes_;
+            tile.sums = scratch_.sums + row * kPlanes * groups_;
+            tile.row_scale = scratch_.row_scale + row;
+            tile.prefetch = plan_prefetch(tile.values, next, index, num_tiles);
+            alignas(64) float result[kRows * kBlock];
+            compute_rows<kRows>(rows, tile, result);
+            epilogue_(result, first_row_ + row, rows, block);
+        }
+    }
+
+    // A block that is used once is fetched shortly before its use; where it is used by several tiles, these fetch the
+    // next block meanwhile, each a part of it, so that memory is busy while they compute.
+    Prefetch plan_prefetch(const uint8_t* values, const uint8_t* next, int64_t index, int64_t num_tiles) const {
+        constexpr int kBurst = kStepsAtOnce * Format::kStepBytes / kLine;
+        const int64_t ahead = kPrefetchAhead < block_bytes_ ? kPrefetchAhead : block_bytes_;
+        if (num_tiles == 1) return {values + ahead, values + block_bytes_, next, kBurst};
+        if (next == nullptr) return {nullptr, nullptr, nullptr, 0};
+        const int64_t part = round_up((block_bytes_ + num_tiles - 1) / num_tiles, kLine);
+        const int lines = static_cast<int>((kBurst + num_tiles - 1) / num_tiles);
+        const int64_t end = (index + 1) * part < block_bytes_ ? (index + 1) * part : block_bytes_;
+        return {next + index * part, next + end, nullptr, lines};
+    }
+
+    template <int kCount>
+    static void compute_rows(int64_t rows, const Tile& tile, float* result) {
+        if constexpr (kCount > 1) {
+            if (rows < kCount) return compute_rows<kCount - 1>(rows, tile, result);
+        }
+        compute_tile<Format, kPlanes, kCount>(tile, result);
+    }
+
+    const Linear& task_;
+    const PackedWeight& weight_;
+    const Epilogue& epilogue_;
+    const Scratch scratch_;
+    const int64_t first_row_;
+    const int num_threads_;
+    const int64_t groups_, blocks_, block_bytes_, row_bytes_;
+};
+
+// The part of each expert's rows in [first, last).
+inline int64_t find_segments(const Linear& task, int64_t first, int64_t last, Segment* segments) {
+    int64_t count = 0, start = 0;
+    for (int64_t expert = 0; expert < task.weight->num_experts; ++expert) {
+        const int64_t rows = task.group_sizes == nullptr ? task.rows : task.group_sizes[expert];
+        const int64_t begin = start > first ? start : first, end = start + rows < last ? start + rows : last;
+        if (begin < end) segments[count++] = {expert, begin - first, end - begin};
+        start += rows;
+    }
+    return count;
+}
+
+template <class Format, int kPlanes, class Epilogue>
+int32_t linear_passes(Pool& threads, const Linear& task, const Epilogue& epilogue) {
+    using ThisPass = Pass<Format, kPlanes, Epilogue>;
+    const PackedWeight& weight = *task.weight;
+    const int64_t most_rows = task.rows < kMostRows ? task.rows : kMostRows;
+    uint8_t* const memory = static_cast<uint8_t*>(threads.scratch(ThisPass::scratch_bytes(weight, most_rows)));
+    if (memory == nullptr) return kNoMemory;
+    const int64_t row_bytes = padded_inputs(weight) / Format::kStep * Format::kLaneBytes;
+    Scratch scratch = {};
+    scratch.inputs = memory;
+    scratch.segments = reinterpret_cast<Segment*>(memory + round_up(most_rows * kPlanes * row_bytes, kLine));
+    scratch.sums = reinterpret_cast<int32_t*>(scratch.segments + weight.num_experts);
+    scratch.row_scale = reinterpret_cast<float*>(scratch.sums + most_rows * kPlanes * num_groups(weight));
+    for (int64_t first = 0; first < task.rows; first += kMostRows) {
+        const int64_t last = first + kMostRows < task.rows ? first + kMostRows : task.rows;
+        scratch.num_segments = find_segments(task, first, last, scratch.segments);
+        const ThisPass pass(task, epilogue, scratch, first, threads.num_threads());
+        pass.split_rows(threads, last - first);
+        pass.multiply(threads);
+    }
+    return kOk;
+}
+
+template <class Format>
+int32_t linear_format(Pool& threads, const Linear& task) {
+    const StoreWithBias epilogue = {task.y, task.bias, task.weight->outputs, task.dtype};
+    constexpr bool kHasPlanes = Format::kIsInteger || (kHasBf16Products && Format::kStep == 2);
+    if constexpr (kHasPlanes) {
+        // Rounded inputs are whole numbers or e4m3fn, which bf16 holds: one plane.
+        if (task.weight->activations == kAsTheyAre && task.dtype == kFloat32) {
+            return linear_passes<Format, 3>(threads, task, epilogue);
+        }
+        const int64_t bits_of_plane = Format::kIsInteger ? 7 : 8, bits = task.dtype == kFloat16 ? 11 : 8;
+        if (task.weight->activations == kAsTheyAre && bits > bits_of_plane) {
+            return linear_passes<Format, 2>(threads, task, epilogue);
+        }
+    }
+    return linear_passes<Format, 1>(threads, task, epilogue);
+}
+
+int32_t linear(Pool& threads, const Linear& task) {
+    switch (task.weight->format) {
+        case kFormatFloat32:
+            return linear_format<FloatFormat>(threads, task);
+        case kFormatBf16:
+            return linear_format<Bf16Format>(threads, task);
+        case kFormatInt8:
+            return linear_format<Int8Format>(threads, task);
+        case kFormatInt4:
+            return linear_format<Int4Format>(threads, task);
+        default:
+            return linear_format<Fp8Format>(threads, task);
+    }
+}
+
+}  // namespace
+}  // namespace torchinfer::TORCHINFER_LEVEL

@@ -1,0 +1,204 @@
+#include "pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+namespace torchinfer {
+namespace {
+
+constexpr auto kSpinTime = std::chrono::microseconds(50);
+constexpr int64_t kLargePage = 2 << 20;
+constexpr uint64_t kNoItem = 0xffffffff;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+inline uint32_t epoch_of(uint64_t state) { return static_cast<uint32_t>(state >> 32); }
+inline uint64_t state_of(uint32_t epoch, uint64_t item) { return static_cast<uint64_t>(epoch) << 32 | item; }
+
+void pin_to_cpu(int index) {
+#if defined(__linux__)
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    CPU_ZERO(&one);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &allowed) && index-- == 0) CPU_SET(cpu, &one);
+    }
+    pthread_setaffinity_np(pthread_self(), sizeof(one), &one);
+#else
+    (void)index;
+#endif
+}
+
+// CPUs of a cgroup's quota, 0 if it has none. Version 2 has both numbers in one file, version 1 in two.
+double cgroup_quota() {
+    double quota = 0, period = 0;
+    if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        const int count = std::fscanf(file, "%lf %lf", &quota, &period);
+        std::fclose(file);
+        return count == 2 && quota > 0 && period > 0 ? quota / period : 0;
+    }
+    FILE* quota_file = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r");
+    FILE* period_file = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r");
+    const bool is_read = quota_file != nullptr && period_file != nullptr &&
+                         std::fscanf(quota_file, "%lf", &quota) == 1 && std::fscanf(period_file, "%lf", &period) == 1;
+    if (quota_file != nullptr) std::fclose(quota_file);
+    if (period_file != nullptr) std::fclose(period_file);
+    return is_read && quota > 0 && period > 0 ? quota / period : 0;
+}
+
+std::mutex instance_mutex;
+std::atomic<Pool*> instance{nullptr};
+
+// Threads do not survive a fork: the child forgets the pool, whose memory it must not touch.
+void forget_pool() {
+    instance.store(nullptr);
+    new (&instance_mutex) std::mutex;
+}
+
+Pool* make_pool(int num_threads, bool is_pinned) {
+    static const bool is_registered = pthread_atfork(nullptr, nullptr, forget_pool) == 0;
+    (void)is_registered;
+    return new Pool(num_threads > 0 ? num_threads : num_usable_cpus(), is_pinned);
+}
+
+}  // namespace
+
+int num_usable_cpus() {
+    int count = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) count = CPU_COUNT(&allowed);
+#endif
+    const double quota = cgroup_quota();
+    if (quota > 0) count = std::min(count, std::max(1, static_cast<int>(quota)));
+    return std::max(1, count);
+}
+
+Pool& pool() {
+    Pool* current = instance.load(std::memory_order_acquire);
+    if (current == nullptr) {
+        std::lock_guard<std::mutex> guard(instance_mutex);
+        current = instance.load();
+        if (current == nullptr) instance.store(current = make_pool(0, false));
+    }
+    return *current;
+}
+
+void configure_pool(int num_threads, bool is_pinned) {
+    Pool& old = pool();
+    std::lock_guard<std::mutex> guard(instance_mutex);
+    // An op that runs now ends first. The caller sees to it that none begins meanwhile.
+    old.use.lock();
+    old.use.unlock();
+    instance.store(make_pool(num_threads, is_pinned));
+    delete &old;
+}
+
+Pool::Pool(int num_threads, bool is_pinned) {
+    for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back(&Pool::loop, this, thread, is_pinned);
+}
+
+Pool::~Pool() {
+    {
+        std::lock_guard<std::mutex> guard(sleep_mutex_);
+        is_ending_.store(true);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    std::free(scratch_);
+}
+
+int Pool::num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+void Pool::run(Work work, void* context, int64_t num_items) {
+    if (num_items <= 0) return;
+    if (workers_.empty() || num_items == 1) {
+        for (int64_t item = 0; item < num_items; ++item) work(context, item, 0);
+        return;
+    }
+    const uint32_t epoch = epoch_of(state_.load(std::memory_order_relaxed)) + 2;
+    state_.store(state_of(epoch - 1, kNoItem), std::memory_order_seq_cst);
+    work_.store(work, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    num_items_.store(num_items, std::memory_order_release);
+    num_done_.store(0, std::memory_order_release);
+    state_.store(state_of(epoch, 0), std::memory_order_seq_cst);
+    if (num_sleeping_.load(std::memory_order_seq_cst) > 0) {
+        { std::lock_guard<std::mutex> guard(sleep_mutex_); }
+        wake_.notify_all();
+    }
+    work_on(epoch, 0);
+    while (num_done_.load(std::memory_order_acquire) < num_items) relax();
+}
+
+void* Pool::scratch(int64_t num_bytes) {
+    if (num_bytes > scratch_bytes_) {
+        std::free(scratch_);
+        scratch_bytes_ = (num_bytes + num_bytes / 2 + kLargePage - 1) / kLargePage * kLargePage;
+        scratch_ = std::aligned_alloc(kLargePage, static_cast<size_t>(scratch_bytes_));
+        if (scratch_ == nullptr) scratch_bytes_ = 0;
+#if defined(__linux__)
+        if (scratch_ != nullptr) madvise(scratch_, static_cast<size_t>(scratch_bytes_), MADV_HUGEPAGE);
+#endif
+    }
+    return scratch_;
+}
+
+void Pool::work_on(uint32_t epoch, int thread) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (epoch_of(state) == epoch) {
+        const int64_t item = static_cast<int64_t>(state & kNoItem);
+        const Work work = work_.load(std::memory_order_acquire);
+        void* const context = context_.load(std::memory_order_acquire);
+        if (item >= num_items_.load(std::memory_order_acquire)) return;
+        // Success means that the job is still the one that was just read: it cannot end before this item is done.
+        if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_seq_cst)) continue;
+        work(context, item, thread);
+        num_done_.fetch_add(1, std::memory_order_acq_rel);
+        state = state_.load(std::memory_order_acquire);
+    }
+}
+
+void Pool::loop(int thread, bool is_pinned) {
+    if (is_pinned) pin_to_cpu(thread);
+    uint32_t seen = 0;
+    while (!is_ending_.load(std::memory_order_relaxed)) {
+        seen = wait_for_job(seen);
+        work_on(seen, thread);
+    }
+}
+
+// The number of a job that is not `seen`, or any when the pool ends.
+uint32_t Pool::wait_for_job(uint32_t seen) {
+    const auto is_new = [&] {
+        const uint32_t epoch = epoch_of(state_.load(std::memory_order_seq_cst));
+        return epoch != seen && epoch % 2 == 0;
+    };
+    const auto end = std::chrono::steady_clock::now() + kSpinTime;
+    while (std::chrono::steady_clock::now() < end) {
+        for (int spin = 0; spin < 32; ++spin) {
+            if (is_new()) return epoch_of(state_.load(std::memory_order_acquire));
+            relax();
+        }
+    }
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    num_sleeping_.fetch_add(1, std::memory_order_seq_cst);
+    wake_.wait(lock, [&] { return is_new() || is_ending_.load(); });
+    num_sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+    return epoch_of(state_.load(std::memory_order_acquire));
+}
+
+}  // namespace torchinfer

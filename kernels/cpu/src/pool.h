@@ -1,0 +1,73 @@
+// Threads of our own: one a CPU that this process may use, the caller included. They spin for a moment between two
+// jobs, because the next kernel of a step comes soon, and then sleep.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace torchinfer {
+
+// Computes one item. `thread` is below num_threads(); no two calls of a job at the same time have the same.
+using Work = void (*)(void* context, int64_t item, int thread);
+
+class Pool {
+  public:
+    Pool(int num_threads, bool is_pinned);
+    ~Pool();
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    // Not inline: level.cpp must not hold code of the standard library.
+    int num_threads() const;
+
+    // Calls work for items 0 .. num_items - 1, in any order; returns when all are done. The caller holds `use`.
+    void run(Work work, void* context, int64_t num_items);
+
+    // At least this many bytes, aligned to a cache line, for the holder of `use`. Contents do not last. Grows only.
+    void* scratch(int64_t num_bytes);
+
+    // Held while an op runs: jobs of several Python threads come one after the other.
+    std::mutex use;
+
+  private:
+    void work_on(uint32_t epoch, int thread);
+    void loop(int thread, bool is_pinned);
+    uint32_t wait_for_job(uint32_t seen);
+
+    // Number of the job in the upper half, the next item in the lower one: an item is claimed only of the job that
+    // the claimer looked at, however late it comes. An odd number: a job that is being written.
+    std::atomic<uint64_t> state_{0};
+    std::atomic<Work> work_{nullptr};
+    std::atomic<void*> context_{nullptr};
+    std::atomic<int64_t> num_items_{0};
+    alignas(64) std::atomic<int64_t> num_done_{0};
+
+    std::atomic<int> num_sleeping_{0};
+    std::atomic<bool> is_ending_{false};
+    std::mutex sleep_mutex_;
+    std::condition_variable wake_;
+    std::vector<std::thread> workers_;
+
+    void* scratch_ = nullptr;
+    int64_t scratch_bytes_ = 0;
+};
+
+// The process's pool, made at the first call; a forked child makes its own.
+Pool& pool();
+// Replaces it. num_threads 0: as many as this process has CPUs.
+void configure_pool(int num_threads, bool is_pinned);
+// CPUs that affinity and the cgroup's quota leave to this process.
+int num_usable_cpus();
+
+// pool().run with a lambda: body(item, thread).
+template <class Body>
+void parallel_for(Pool& threads, int64_t num_items, const Body& body) {
+    auto call = [](void* context, int64_t item, int thread) { (*static_cast<const Body*>(context))(item, thread); };
+    threads.run(call, const_cast<Body*>(&body), num_items);
+}
+
+}  // namespace torchinfer

@@ -1,0 +1,53 @@
+// Root mean square normalization: kernels/reference/rms_norm.py says what is rounded where.
+#pragma once
+
+#include "isa.h"
+#include "pool.h"
+#include "vector.h"
+
+namespace torchinfer::TORCHINFER_LEVEL {
+namespace {
+
+constexpr int64_t kRmsNormItemValues = 16384;  // fewer are not worth waking another thread
+
+template <class T>
+inline void rms_norm_row(const T* x, const T* weight, T* y, const RmsNorm& task) {
+    const int64_t columns = task.columns;
+    F squares = zero_float();
+    for (int64_t i = 0; i < columns; i += 16) {
+        const F value = load_some(x + i, columns - i);
+        squares = fma(value, value, squares);
+    }
+    const float mean = sum(squares) / static_cast<float>(columns);
+    const F factor = set(1.0f / __builtin_sqrtf(mean + task.epsilon));
+    for (int64_t i = 0; i < columns; i += 16) {
+        const F value = mul(load_some(x + i, columns - i), factor);
+        const F gain = load_some(weight + i, columns - i);
+        const F result =
+            task.offset != 0.0f ? mul(value, add(gain, set(task.offset))) : mul(rounded(value, x), gain);
+        store_some(y + i, result, columns - i);
+    }
+}
+
+template <class T>
+void rms_norm_rows(Pool& threads, const RmsNorm& task) {
+    const int64_t rows_at_once = 1 + kRmsNormItemValues / (task.columns + 1);
+    const int64_t num_items = (task.rows + rows_at_once - 1) / rows_at_once;
+    parallel_for(threads, num_items, [&](int64_t item, int) {
+        const int64_t end = (item + 1) * rows_at_once < task.rows ? (item + 1) * rows_at_once : task.rows;
+        for (int64_t row = item * rows_at_once; row < end; ++row) {
+            rms_norm_row(static_cast<const T*>(task.x) + row * task.stride, static_cast<const T*>(task.weight),
+                         static_cast<T*>(task.y) + row * task.columns, task);
+        }
+    });
+}
+
+void rms_norm(Pool& threads, const RmsNorm& task) {
+    with_dtype(task.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        rms_norm_rows<T>(threads, task);
+    });
+}
+
+}  // namespace
+}  // namespace torchinfer::TORCHINFER_LEVEL
