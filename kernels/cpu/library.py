@@ -31,6 +31,8 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "configure": (_INT32, _INT32),
     "pack": (_POINTER, _POINTER, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
+    "measure_read": (_POINTER, _INT64, _INT32, _INT64),
+    "measure_products": (_INT32, _INT64),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
 }
 
@@ -52,6 +54,7 @@ def open_library() -> ctypes.CDLL | None:
         function.argtypes, function.restype = arguments, _INT32
     library.torchinfer_cpu_packed_bytes.argtypes = (_POINTER,)
     library.torchinfer_cpu_packed_bytes.restype = _INT64
+    library.torchinfer_cpu_measure_products.restype = _INT64
     for name in ("level", "levels"):
         getattr(library, f"torchinfer_cpu_{name}").restype = ctypes.c_char_p
     choose_level(library, os.environ.get(ISA_VARIABLE, ""))

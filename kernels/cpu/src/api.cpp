@@ -82,3 +82,20 @@ API int32_t torchinfer_cpu_linear(const PackedWeight* weight, const void* x, voi
     std::lock_guard<std::mutex> guard(threads.use);
     return kernels().linear(threads, {weight, x, y, bias, group_sizes, rows, stride, dtype});
 }
+
+// For benchmarks/cpu_linear.py. `memory` has `ahead` bytes more than `bytes`.
+API int32_t torchinfer_cpu_measure_read(const void* memory, int64_t bytes, int32_t streams, int64_t ahead) {
+    if (!is_aligned(memory, 64) || bytes < 0 || ahead < 0) return kBadArgument;
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    volatile float used = kernels().measure_read(threads, memory, bytes, streams, ahead);
+    (void)used;
+    return kOk;
+}
+
+// Returns the multiply-adds of each thread for each repeat.
+API int64_t torchinfer_cpu_measure_products(int32_t format, int64_t repeats) {
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().measure_products(threads, format, repeats);
+}

@@ -32,6 +32,8 @@ struct Linear {
 struct Kernels {
     void (*rms_norm)(Pool&, const RmsNorm&);
     int32_t (*linear)(Pool&, const Linear&);  // returns a Status
+    float (*measure_read)(Pool&, const void* memory, int64_t bytes, int32_t streams, int64_t ahead);
+    int64_t (*measure_products)(Pool&, int32_t format, int64_t repeats);
 };
 
 // The kernels of the best level that this machine runs, or of the one that was chosen.

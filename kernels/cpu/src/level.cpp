@@ -6,6 +6,7 @@
 #include "vector.h"
 //
 #include "linear.h"
+#include "measure.h"
 #include "rms_norm.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
@@ -14,6 +15,8 @@ extern const Kernels table;
 const Kernels table = {
     rms_norm,
     linear,
+    measure_read,
+    measure_products,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL
