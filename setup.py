@@ -29,11 +29,16 @@ SERVING = [
 ]
 # And torchax==0.0.7, which pip must install without its dependencies: scripts/install does.
 XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]
+EVAL = ["lm-eval>=0.4.13"]  # brings datasets, pandas and scikit-learn, 0.5 GB, and leaves torch as it is
 DEV = [
     *SERVING,
+    *EVAL,
+    "accelerate>=1.0",  # for lm-eval's `hf` model, with which tests compare
+    "compressed-tensors==0.15.0.1",  # the truth of its format in tests; later ones want torch 2.10
     "grpcio-tools==1.72.1",
     "hypothesis>=6.100",
     "mypy>=1.18",
+    "psutil",  # compressed-tensors imports it without asking for it
     "pytest>=8.4",
     "ruff==0.17.5",
     "setuptools>=77",
@@ -99,6 +104,7 @@ setup(
         "xla": XLA,
         "tpu": [*XLA, "libtpu==0.0.21"],
         "cuda": ["triton>=3.5"],
+        "eval": EVAL,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["torchinfer=torchinfer.cli:main"]},

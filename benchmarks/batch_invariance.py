@@ -11,6 +11,8 @@ import json
 import random
 from pathlib import Path
 
+import torch
+
 from torchinfer import LLM, SamplingParams
 from torchinfer.kv_cache import tensors
 from torchinfer.loader.checkpoint import Checkpoint
@@ -18,10 +20,10 @@ from torchinfer.models.config import ModelConfig
 from torchinfer.startup import DTYPES
 
 
-def page_bytes(model: Path, dtype: str) -> int:
+def page_bytes(model: Path, dtype: torch.dtype) -> int:
     """Bytes of a cache page of 16 tokens."""
     config = ModelConfig.from_dict(Checkpoint.open(model).config)
-    return tensors.page_bytes(config, 16, DTYPES[dtype])
+    return tensors.page_bytes(config, 16, dtype)
 
 
 def main() -> None:
@@ -29,10 +31,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args()
     options = {"device": args.device, "dtype": args.dtype, "max_model_len": 256, "progress": False}
+    options["kv_cache_dtype"] = args.kv_cache_dtype
+    cache_dtype = tensors.resolve_cache_dtype(args.kv_cache_dtype, DTYPES[args.dtype], torch.device("cpu"))
     params = SamplingParams(max_tokens=args.max_tokens, temperature=0, ignore_eos=True)
     rng = random.Random(0)
 
@@ -48,7 +53,7 @@ def main() -> None:
     with LLM(args.model, **options, prefix_cache=False, max_num_requests=16, max_num_batched_tokens=19) as llm:
         ways["chunked"] = generate(prompts, llm)
     # Room for about three of the prompts at a time.
-    cramped = {"prefix_cache": False, "kv_cache_memory": page_bytes(args.model, args.dtype) * 48}
+    cramped = {"prefix_cache": False, "kv_cache_memory": page_bytes(args.model, cache_dtype) * 48}
     with LLM(args.model, **options, **cramped) as llm:
         ways["preempted"] = generate(prompts, llm)
         num_preemptions = llm.stats().num_preemptions
@@ -63,7 +68,17 @@ def main() -> None:
     for name, count in equal.items():
         print(f"{name:14s} {count} of {len(prompts)} equal the prompt alone")
     print(f"preemptions {num_preemptions}, prompt tokens found in the prefix cache {num_hits}")
-    print(json.dumps({"benchmark": "batch_invariance", "dtype": args.dtype, "prompts": len(prompts), "equal": equal}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "batch_invariance",
+                "dtype": args.dtype,
+                "kv_cache_dtype": args.kv_cache_dtype,
+                "prompts": len(prompts),
+                "equal": equal,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def make_engine(num_requests: int) -> tuple[Engine, NullRunner]:
         prefix_cache=PrefixCache(pool, PAGE_SIZE),
     )
     info = ModelInfo(
-        "null", "Null", 0, VOCAB, MAX_MODEL_LEN, "none", "cpu", num_pages, PAGE_SIZE, num_requests, (2,), False
+        "null", "Null", 0, VOCAB, MAX_MODEL_LEN, "none", "cpu", num_pages, PAGE_SIZE, num_requests, (2,), False, "none"
     )
     runner = NullRunner()
     return Engine(scheduler, runner, info, None), runner

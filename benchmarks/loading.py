@@ -4,13 +4,14 @@
     2  files on the local disk, none of it cached          limit: the disk's own sequential rate (O_DIRECT)
     3  Cloud Storage, emulated: FUSE mount and gs://       limit: streams x the rate of one
     4  host memory above the parameters, while loading     limit: --load-memory
+    5  INT8 on the way, against the same load without      limit: 1.1 times the time where storage is slow
 
     python benchmarks/loading.py --work /tmp/loading --figure 1 2 4 --peer-python peers/bin/python
     python benchmarks/loading.py --work /tmp/loading --figure 3 --plot docs
     python benchmarks/loading.py --work /tmp/loading --gigabytes 0.2 --megabytes-per-stream 16 --repeats 1
 
 Each load runs in a fresh process and is timed inside it, imports excluded; the methods take turns. Checkpoints are made
-in --work and stay there: 8 GB for figures 1 and 2, twice as much more for 4. The last line above is a quick check.
+in --work and stay there: 8 GB for figures 1, 2 and 5, twice as much more for 4. The last line above is a quick check.
 The peers' packages: safetensors, runai-model-streamer[gcs], fastsafetensors, transformers; what is missing is listed.
 """
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -40,8 +42,10 @@ BUFFERED = {
     "FASTSAFETENSORS_ODIRECT": "0",
 }  # or they skip the page cache
 READERS = (1, 4, 16)
+QUANTIZED_READERS = 4
 MEMORY_LIMITS = (2 << 30, 256 << 20)
 MODELS = (("dense", "bf16"), ("moe", "bf16"), ("dense", "f32"))  # float32 becomes bfloat16 on the way
+HELD_AS = ("bf16", "int8", "int4_g64")  # of figure 4: what bf16 is loaded to
 
 
 @dataclass(frozen=True)
@@ -167,11 +171,12 @@ def host_memory(bench: Bench, args: argparse.Namespace) -> Figure:
     for kind, dtype in MODELS:
         folder = bench.checkpoint(args.gigabytes, kind, dtype)
         bench.run(Case("warm up", "limit", folder, pread_task("fresh", 1)))
-        for limit in MEMORY_LIMITS:
-            task = {"method": "ours", "options": {"memory": limit}, "is_watched": True}
-            name = f"{kind}, {dtype} to bf16, {limit >> 20} MiB"
-            case = Case(name, "ours", folder, task)
-            rows.append(summarize_memory(case, bench.rounds([case])[name], limit))
+        for held, limit in itertools.product(HELD_AS if dtype == "bf16" else HELD_AS[:1], MEMORY_LIMITS):
+            task = {"method": "load_model", "options": {"memory": limit}, "is_watched": True}
+            if held != "bf16":
+                task["keywords"] = {"quantization": held}
+            case = Case(f"{kind}, {dtype} to {held}, {limit >> 20} MiB", "ours", folder, task)
+            rows.append(summarize_memory(case, bench.rounds([case])[case.name], limit))
     limit_text = "--load-memory, and a tenth more"
     return Figure(
         4, "Host memory above the parameters while loading", limit_text, rows, "of the limit", "fraction", 1.1
@@ -180,12 +185,56 @@ def host_memory(bench: Bench, args: argparse.Namespace) -> Figure:
 
 def summarize_memory(case: Case, results: list[Row], limit: int) -> Row:
     above = {
-        source: max(result["memory"][source] - result["num_bytes"] for result in results)
+        source: max(result["memory"][source] - result["held_bytes"] for result in results)
         for source in results[0]["memory"]
     }
     row = summarize(case, results)
     row |= {"limit_mib": limit >> 20, "fraction": round(above["rss"] / limit, 3)}
     return row | {f"{source}_above_mib": round(value / (1 << 20), 1) for source, value in above.items()}
+
+
+def quantized(bench: Bench, args: argparse.Namespace) -> Figure:
+    """Figure 5. Each storage without and with quantization in turn; rates are of the checkpoint's bytes."""
+    folder = bench.checkpoint(args.gigabytes)
+    bench.run(Case("warm up", "limit", folder, pread_task("fresh", 1)))
+    cached = pair_of_loads("page cache", folder, {"is_settled": True})
+    results = bench.rounds(cached)  # first, because cold loads leave nothing in the cache
+    rate = STREAM_RATE / args.scale
+    with serve(bench.work / "gcs", latency=args.latency, rate=rate) as endpoint:
+        slow = pair_of_loads("cold disk", folder, {"is_settled": True, "is_cold": True})
+        slow += cloud_pair(bench, args, endpoint)
+        results |= bench.rounds(slow)
+    cases = [*cached, *slow]
+    rows = [summarize(case, found) for case, found in pair(cases, results)]
+    for plain, packed in zip(rows[::2], rows[1::2], strict=True):
+        packed["time_ratio"] = round(plain["gb_s"] / packed["gb_s"], 3)
+    warn(rows[:2], lambda share: share > 0.01, "was not all in the page cache")
+    warn(rows[2:4], lambda share: share < 0.99, "was partly cached")
+    limit = (
+        f"1.1 times the time without it, where storage is the limit (gs://: {QUANTIZED_READERS} streams of "
+        f"{rate / 1e6:g} MB/s); the rate of packing is that from the page cache, where nothing else is"
+    )
+    return Figure(5, "INT8 on the way to CPU parameters", limit, rows)
+
+
+def pair_of_loads(where: str, folder: Path, task: dict[str, Any], **options: Any) -> list[Case]:
+    task = {"method": "load_model", **task}
+    packed = {**task, "keywords": {"quantization": "int8"}}
+    return [
+        Case(f"bf16, {where}", "limit", folder, task, **options),
+        Case(f"int8, {where}", "ours", folder, packed, **options),
+    ]
+
+
+def cloud_pair(bench: Bench, args: argparse.Namespace, endpoint: str) -> list[Case]:
+    gigabytes = QUANTIZED_READERS * args.megabytes_per_stream / 1000
+    folder = make_once(bench.work / "gcs" / "models", gigabytes, "dense", "bf16", 1)
+
+    def gs() -> AbstractContextManager[Path | str]:
+        return nullcontext(f"gs://models/{folder.name}")
+
+    task = {"options": {"readers": QUANTIZED_READERS}}
+    return pair_of_loads(f"gs://, {QUANTIZED_READERS} readers", folder, task, at=gs, env=client_env(endpoint))
 
 
 def count(number: int, noun: str) -> str:
@@ -206,11 +255,12 @@ def warn(rows: list[Row], is_wrong: Callable[[float], bool], text: str) -> None:
             print(f"warning: {row['name']}: {row['from_storage']:.0%} came from storage; it {text}", file=sys.stderr)
 
 
-FIGURES = {1: page_cache, 2: cold_files, 3: cloud_storage, 4: host_memory}
+FIGURES = {1: page_cache, 2: cold_files, 3: cloud_storage, 4: host_memory, 5: quantized}
 COLUMNS = {
     "gb_s": "GB/s",
     "fraction": "of the limit",
     "over_safetensors": "x safetensors",
+    "time_ratio": "x the time",
     "streams": "streams at once",
     "limit_mib": "limit, MiB",
     "rss_above_mib": "RSS above, MiB",
@@ -240,12 +290,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints, on the disk to measure")
     parser.add_argument("--figure", type=int, nargs="+", choices=list(FIGURES), default=list(FIGURES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the checkpoints of figures 1, 2 and 4")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="of the checkpoints of figures 1, 2, 4 and 5")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that has the peers' packages")
-    parser.add_argument("--scale", type=float, default=10.0, help="figure 3: 200 MB/s a stream are divided by it")
-    parser.add_argument("--latency", type=float, default=0.045, help="figure 3: seconds to the first byte")
-    parser.add_argument("--megabytes-per-stream", type=float, default=128.0, help="figure 3: bytes for each reader")
+    parser.add_argument("--scale", type=float, default=10.0, help="figures 3, 5: 200 MB/s a stream are divided by it")
+    parser.add_argument("--latency", type=float, default=0.045, help="figures 3, 5: seconds to the first byte")
+    parser.add_argument("--megabytes-per-stream", type=float, default=128.0, help="figures 3, 5: bytes for each reader")
     parser.add_argument("--without-peers", action="store_true", help="figure 3: only ours and raw reads")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one load")
     parser.add_argument("--plot", type=Path, help="folder for one SVG a figure")

@@ -167,6 +167,23 @@ def ours(task: Task) -> Load:
     return load
 
 
+def load_model(task: Task) -> Load:
+    """As a program calls it, with `keywords`. The bytes are those of the files, whatever becomes of them."""
+    torch, loader, config = require("torch"), require("torchinfer.loader"), require("torchinfer.models.config")
+    if task["path"].startswith("gs://"):
+        require("gcsfs.core")
+    dtype, device = getattr(torch, task.get("dtype", "bfloat16")), torch.device("cpu")
+    options, keywords = loader.LoadOptions(**task.get("options", {})), task.get("keywords", {})
+
+    def load() -> int:
+        opened = loader.Checkpoint.open(task["path"])
+        model_config = config.ModelConfig.from_dict(opened.config)
+        task["kept"] = loader.load_model(opened, model_config, dtype, device, options=options, **keywords)
+        return sum(task["sizes"])
+
+    return load
+
+
 def safetensors_mapped(task: Task) -> Load:
     return safetensors(task, lambda load_file, file: load_file(file))
 
@@ -244,6 +261,7 @@ METHODS: dict[str, Callable[[Task], Load]] = {
     "disk": disk,
     "raw http": raw_http,
     "ours": ours,
+    "load_model": load_model,
     "safetensors mapped": safetensors_mapped,
     "safetensors cloned": safetensors_cloned,
     "safetensors pread": safetensors_pread,
@@ -354,6 +372,7 @@ def measure(task: Task) -> dict[str, Any]:
     result["storage_bytes"] = storage_bytes() - fetched
     if watch is not None:
         result["memory"] = watch.stop()
+        result["held_bytes"] = sum(tensor.nbytes for tensor in task["kept"].state_dict().values())
     package = PACKAGES.get(task["method"].split()[0])
     if package is not None:
         result["version"] = importlib.metadata.version(package)

@@ -148,6 +148,7 @@ def from_model_info(info: ModelInfo, server_version: str) -> pb.GetModelResponse
         eos_token_ids=info.eos_token_ids,
         has_tokenizer=info.has_tokenizer,
         server_version=server_version,
+        kv_cache_dtype=info.kv_cache_dtype,
     )
 
 

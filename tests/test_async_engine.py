@@ -47,7 +47,7 @@ def with_engine(test: Callable[[AsyncEngine, Scheduler, SlowRunner], Awaitable[N
     scheduler = Scheduler(
         pool, page_size=4, max_num_requests=4, max_num_batched_tokens=64, max_model_len=256, prefix_cache=None
     )
-    info = ModelInfo("fake", "Fake", 0, VOCAB, 256, "int", "cpu", 400, 4, 4, (), False)
+    info = ModelInfo("fake", "Fake", 0, VOCAB, 256, "int", "cpu", 400, 4, 4, (), False, "int")
     runner = SlowRunner(400, 4, VOCAB)
     engine = AsyncEngine.in_thread(Engine(scheduler, runner, info, None), max_queue=max_queue)
 

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,12 +9,15 @@ from pathlib import Path
 import pytest
 
 from torchinfer import LLM, SamplingParams
-from torchinfer.cli import ENGINE, SAMPLING, SERVER, build_parser, main
+from torchinfer.cli import build_parser, main
+from torchinfer.cli_flags import ENGINE, SAMPLING, SERVER
 from torchinfer.errors import CheckpointError
 from torchinfer.flags import memory
+from torchinfer.loader import Checkpoint
 
 MODEL = Path(__file__).parents[1] / "recipes" / "tiny-llama"
 GENERATE = ["generate", "--model", str(MODEL), "--device", "cpu", "--dtype", "float32", "--temperature", "0"]
+NORM = "model.layers.0.input_layernorm.weight"
 needs_model = pytest.mark.skipif(not (MODEL / "config.json").exists(), reason=f"needs the checkpoint {MODEL}")
 
 ENGINE_FLAGS = {
@@ -21,11 +25,13 @@ ENGINE_FLAGS = {
     "device": ("--device cpu", "cpu"),
     "dtype": ("--dtype float16", "float16"),
     "quantization": ("--quantization *.mlp.*=int4 --quantization int8", {"*.mlp.*": "int4", "*": "int8"}),
+    "calibration": ("--calibrate text", "text"),
     "max_model_len": ("--max-model-len 99", 99),
     "max_num_requests": ("--max-concurrent 7", 7),
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
     "page_size": ("--page-size 32", 32),
     "kv_cache_memory": ("--kv-cache-memory 2GiB", 2**31),
+    "kv_cache_dtype": ("--kv-cache-dtype int8", "int8"),
     "prefix_cache": ("--no-prefix-cache", False),
     "seed": ("--engine-seed 4", 4),
     "moe_mode": ("--moe-mode capacity", "capacity"),
@@ -103,7 +109,7 @@ def test_memory_is_a_share_or_a_size(text, value):
     assert memory(text) == value
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor", "quantize", "eval"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -124,7 +130,9 @@ def test_version(capsys):
         (["generate", "--prompt", "x"], "the following arguments are required: --model"),
         (["generate", "--model", "m", "--prompt", "x", "--temp", "1"], "unrecognized arguments: --temp"),
         (["generate", "--model", "m", "--device", "abacus"], "invalid choice: 'abacus'"),
+        (["generate", "--model", "m", "--kv-cache-dtype", "int4"], "invalid choice: 'int4'"),
         (["generate", "--model", "m", "--kv-cache-memory", "lots"], "invalid memory value: 'lots'"),
+        (["quantize", "m", "out"], "the following arguments are required: --scheme"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )
@@ -143,6 +151,12 @@ def test_wrong_usage_exits_with_2(argv, text, capsys):
         (["inspect", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
         (["doctor", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
         (["doctor", "/tmp", "--seconds", "0"], "seconds=0 must be more than 0"),
+        (["quantize", "/nowhere", "out", "--scheme", "int8"], "torchinfer: error: '/nowhere' does not exist"),
+        (["quantize", "m", "out", "--scheme", "int8", "--load-memory", "1MB"], "load_memory=1000000 must be at least"),
+        (
+            ["quantize", "m", "out", "--scheme", "int8", "--calibrate", "t"],
+            "calibration='t' is for quantization int8_w8a8",
+        ),
         (["serve", "--model", "m", "--port", "70000"], "port=70000"),
         (["client", "--target", "localhost:1", "--prompt", "x"], "torchinfer: error: "),
     ],
@@ -231,6 +245,39 @@ def test_doctor_json_is_one_object(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"facts", "notes", "advice", "settings"}
     assert found["facts"]["address"] == str(tmp_path)
+
+
+@needs_model
+def test_quantize_writes_a_checkpoint_and_one_line(tmp_path, capsys):
+    argv = ["quantize", str(MODEL), str(tmp_path / "out"), "--scheme", "*.mlp.*=int8", "--scheme", "none"]
+    assert main(argv) == 0
+    output, stderr = capsys.readouterr()
+    assert output.startswith("quantized 0.010 GB to 0.007 GB in 2 files, ") and output.count("\n") == 1
+    assert stderr == ""  # no progress bar without a terminal
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert section["format"] == "pack-quantized"
+    assert "model.layers.0.self_attn.q_proj" in section["ignore"]
+
+
+@needs_model
+def test_quantize_takes_a_text_to_calibrate_with(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("def main():\n    pass\n")
+    argv = ["quantize", str(MODEL), str(tmp_path / "out"), "--scheme", "int8_w8a8"]
+    assert main([*argv, "--calibrate", str(tmp_path / "text.txt")]) == 0
+    before, after = Checkpoint.open(MODEL), Checkpoint.open(tmp_path / "out")
+    assert not after.read(NORM).equal(before.read(NORM))
+    assert capsys.readouterr().err == ""
+
+
+@needs_model
+def test_quantize_says_how_to_go_on_after_ctrl_c(tmp_path, capsys, monkeypatch):
+    def interrupt(descriptor, content, offset):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", interrupt)
+    assert main(["quantize", str(MODEL), str(tmp_path / "out"), "--scheme", "int8"]) == 130
+    assert f"{tmp_path}/out.partial; give the same command to go on" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
 def endless():

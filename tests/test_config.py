@@ -16,6 +16,10 @@ from torchinfer.device import resolve_device
     [
         ({"device": "tpu"}, "device='tpu' must be one of auto, cpu, cuda, xla"),
         ({"dtype": "int8"}, "dtype='int8' must be one of auto, bfloat16, float16, float32"),
+        (
+            {"kv_cache_dtype": "int4"},
+            "kv_cache_dtype='int4' must be one of auto, bfloat16, float16, float32, int8, fp8",
+        ),
         ({"moe_mode": "some"}, "moe_mode='some' must be one of dropless, capacity"),
         ({"max_num_requests": 0}, "max_num_requests=0 must be at least 1"),
         ({"max_num_batched_tokens": 8}, "max_num_batched_tokens=8 must be at least max_num_requests=64"),

@@ -21,7 +21,7 @@ def make_engine(*, eos: tuple[int, ...] = (), overlaps: bool = False) -> Engine:
     scheduler = Scheduler(
         pool, page_size=4, max_num_requests=4, max_num_batched_tokens=16, max_model_len=32, prefix_cache=None
     )
-    info = ModelInfo("fake", "Fake", 0, VOCAB, 32, "int", "cpu", 65, 4, 4, eos, False)
+    info = ModelInfo("fake", "Fake", 0, VOCAB, 32, "int", "cpu", 65, 4, 4, eos, False, "int")
     return Engine(scheduler, FakeRunner(65, 4, VOCAB, overlaps=overlaps), info, None)
 
 

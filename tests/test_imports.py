@@ -23,6 +23,7 @@ HOMES = {
     "google_crc32c": ("torchinfer.fake_gcs_objects", "torchinfer.loader.checksum"),
     "gcsfs": ("torchinfer.loader.gcs",),
     "fsspec": (),
+    "lm_eval": ("torchinfer.evaluation.harness", "torchinfer.evaluation.lm_eval"),
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
@@ -31,6 +32,7 @@ WITHOUT_TORCH = (
     "torchinfer.engine_info",
     "torchinfer.engine_loop",
     "torchinfer.errors",
+    "torchinfer.evaluation.options",
     "torchinfer.kv_cache.pages",
     "torchinfer.kv_cache.prefix",
     "torchinfer.logit_edits",
@@ -48,8 +50,15 @@ BACKENDS = (
 # Top to bottom: a module imports from its own line and from those below it, never from above.
 LAYERS = (
     ("torchinfer.cli",),
+    ("torchinfer.cli_flags",),
     ("torchinfer.console",),
     ("torchinfer.serving",),
+    ("torchinfer.evaluation.report",),
+    ("torchinfer.evaluation.plot", "torchinfer.evaluation.table"),
+    ("torchinfer.evaluation.lm_eval", "torchinfer.evaluation.evaluate"),
+    ("torchinfer.evaluation.harness", "torchinfer.evaluation.inputs", "torchinfer.evaluation.driver"),
+    ("torchinfer.evaluation.metrics", "torchinfer.evaluation.passes", "torchinfer.evaluation.store"),
+    ("torchinfer.evaluation.variants", "torchinfer.evaluation.windows"),
     ("torchinfer.llm", "torchinfer.async_engine"),
     ("torchinfer.engine_loop",),
     ("torchinfer.startup",),
@@ -58,6 +67,8 @@ LAYERS = (
     ("torchinfer.runner",),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
+    ("torchinfer.writer",),
+    ("torchinfer.calibration",),
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),
@@ -67,8 +78,15 @@ LAYERS = (
     BACKENDS,
     ("torchinfer.engine_info",),
     ("torchinfer.fake_gcs_objects",),
+    ("torchinfer.evaluation.options",),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
-    ("torchinfer.errors", "torchinfer.kv_cache", "torchinfer.quantized_weight", "torchinfer.weight_map"),
+    (
+        "torchinfer.errors",
+        "torchinfer.evaluation",
+        "torchinfer.kv_cache",
+        "torchinfer.quantized_weight",
+        "torchinfer.weight_map",
+    ),
 )
 
 

@@ -39,7 +39,7 @@ def make_engine(
     )
     runner = FakeRunner(num_pages, page_size, VOCAB, overlaps=overlaps)
     info = ModelInfo(
-        "fake", "Fake", 0, VOCAB, max_model_len, "int", "cpu", num_pages, page_size, max_num_requests, (), False
+        "fake", "Fake", 0, VOCAB, max_model_len, "int", "cpu", num_pages, page_size, max_num_requests, (), False, "int"
     )
     return Engine(scheduler, runner, info, None), scheduler
 

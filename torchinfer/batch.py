@@ -1,4 +1,6 @@
-"""The tensors of one step: flat and ragged, T tokens of R requests.
+"""What ops take as one argument: the tensors of a step, and a layer's cache.
+
+A step is flat and ragged, T tokens of R requests.
 
 Rows are ordered: requests that decode (one token each) first, then those with a chunk of their prompt. On XLA T and
 R are padded to buckets; a padded token has slot 0 (page 0 belongs to nobody), position 0 and the last row's index.
@@ -31,3 +33,20 @@ class Batch:
     num_decodes: int | None = None  # rows [0, num_decodes) have one token each
     max_decode_kv_length: int | None = None  # over those rows
     prefills: tuple[tuple[int, int, int, int], ...] | None = None  # (row, first token, end token, kv_length)
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of one layer, in P pages; ops write both tensors in place.
+
+    With a scale, what is stored is `data * scale`: int8 in [-127, 127], or float8_e4m3fn. Each token and KV head has
+    a scale of its own, so that a row depends on nothing but itself.
+    """
+
+    data: Tensor  # [2, P, page_size, K, D]: keys, values
+    scale: Tensor | None = None  # [2, P, page_size, K] float32; None: data is what is stored
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is allocated."""
+        return (self.data,) if self.scale is None else (self.data, self.scale)

@@ -1,4 +1,4 @@
-"""The `torchinfer` command: generate, serve, client, inspect, doctor.
+"""The `torchinfer` command: generate, serve, client, inspect, doctor, quantize, eval.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
 Whatever takes long to import is imported by the command that needs it.
@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,85 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torchinfer.config import DEVICES, DTYPES, MOE_MODES, EngineConfig
+from torchinfer.cli_flags import ENGINE, SAMPLING, SERVER
+from torchinfer.config import EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
-from torchinfer.flags import FlagSet
+from torchinfer.evaluation import options as evaluation
+from torchinfer.flags import quantization
 from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
-
-ENGINE = FlagSet(
-    EngineConfig,
-    "engine options",
-    {
-        "model": "folder of a Hugging Face checkpoint",
-        "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
-        "dtype": "of weights and activations; auto: the checkpoint's",
-        "quantization": "weights, while they are loaded: int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, "
-        "int4_g32, none; with a pattern such as 'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, "
-        "the first that fits counts (default: as they are)",
-        "max_model_len": "tokens of prompt and output together (default: the model's context)",
-        "max_num_requests": "requests running at once, samples counted",
-        "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
-        "page_size": "tokens in a page of the KV cache, a power of two",
-        "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB "
-        "(default: by device)",
-        "prefix_cache": "keep the KV cache of prompts for later ones that begin alike",
-        "seed": "for requests that have no seed of their own",
-        "moe_mode": "experts: dropless, or capacity: what exceeds the capacity factor is dropped and counted",
-        "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
-        "compile_cache": "XLA: folder that keeps compiled programs between starts",
-        "load_memory": "host memory for what is on its way from the checkpoint to its place",
-        "load_readers": "parts of files read at once, at most (default: as many as bring more)",
-        "load_direct": "read around the page cache, O_DIRECT (default: where the first reads show a gain)",
-        "verify": "compare whole files with their CRC32C: Cloud Storage's, or that of a file CRC32C beside them",
-        "progress": "progress bars on standard error, if it is a terminal",
-    },
-    choices={"device": DEVICES, "dtype": DTYPES, "moe_mode": MOE_MODES},
-    names={"seed": ("--engine-seed",), "max_num_requests": ("--max-num-requests", "--max-concurrent")},
-)
-
-SAMPLING = FlagSet(
-    SamplingParams,
-    "sampling options",
-    {
-        "max_tokens": "end after so many tokens",
-        "min_tokens": "no end of text before so many tokens",
-        "temperature": "0: greedy",
-        "top_k": "keep the K most probable tokens; 0 keeps all",
-        "top_p": "keep the most probable tokens that sum to this probability",
-        "min_p": "keep tokens at least this probable, relative to the most probable one",
-        "repetition_penalty": "on tokens seen in prompt and output",
-        "presence_penalty": "on tokens seen in the output",
-        "frequency_penalty": "on tokens seen in the output, times their number",
-        "logit_bias": "add BIAS to the logit of token ID; repeatable",
-        "seed": "same seed, same prompt: same text",
-        "n": "independent samples of each prompt",
-        "stop": "end before this text; repeatable",
-        "stop_token_ids": "end after this token; repeatable",
-        "ignore_eos": "go on after an end-of-text token",
-        "logprobs": "log-probabilities of each token and of the N most probable ones, with --json",
-        "prompt_logprobs": "the same for the tokens of the prompt, with --json",
-    },
-)
-
-SERVER = FlagSet(
-    ServerOptions,
-    "server options",
-    {
-        "host": "address to listen on; 127.0.0.1: this machine only",
-        "port": "0: any that is free",
-        "max_queue": "requests that may wait; more are refused with RESOURCE_EXHAUSTED",
-        "drain_seconds": "after SIGTERM, time for open requests to end by themselves",
-        "stream_interval_ms": "tokens within it share a message, the first goes at once; up to 100 with many open "
-        "streams; 0: each token by itself",
-        "max_message_bytes": "size limit of a request",
-        "max_connection_age_seconds": "then clients reconnect, and are balanced anew (default: never)",
-        "tls_cert": "PEM file with the server's certificate chain (default: no TLS)",
-        "tls_key": "PEM file with its key",
-        "tls_client_ca": "PEM file; clients must show a certificate that it signed",
-    },
-)
 
 GENERATE_EXAMPLES = """examples:
   torchinfer generate --model path/to/checkpoint --prompt "The capital of France is" --max-tokens 20 --temperature 0
@@ -129,10 +59,18 @@ DOCTOR_EXAMPLES = """examples:
 
 Reads parts of the files, and drops them from the page cache before."""
 
+QUANTIZE_EXAMPLES = """examples:
+  torchinfer quantize path/to/checkpoint path/to/new --scheme int8
+  torchinfer quantize gs://bucket/checkpoint new --scheme 'model.layers.*.mlp.*=int4' --scheme int8
+  torchinfer quantize path/to/checkpoint path/to/new --scheme int8_w8a8 --calibrate text.txt
+
+Writes the compressed-tensors format, which transformers and other programs read too. What was stopped goes on when the
+same command is given again."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv, argparse.Namespace(argv=sys.argv[1:] if argv is None else argv))
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("torchinfer").setLevel(arguments.log_level.upper())
     try:
@@ -163,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_client(commands)
     _add_inspect(commands)
     _add_doctor(commands)
+    _add_quantize(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -213,6 +153,31 @@ def _add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_doctor)
+
+
+def _add_quantize(commands: Any) -> None:
+    parser = _command(commands, "quantize", "write a quantized copy of a checkpoint", QUANTIZE_EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or gs://bucket/prefix")
+    parser.add_argument("output", metavar="OUT", help="folder to create; until all is there it is OUT.partial")
+    parser.add_argument(
+        "--scheme",
+        action="append",
+        required=True,
+        metavar="[PATTERN=]SCHEME",
+        help="int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, int4_g32, none; with a pattern such as "
+        "'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, the first that fits counts",
+    )
+    names = ("calibration", "load_memory", "load_readers", "load_direct", "verify", "progress")
+    ENGINE.add_to(parser, names)
+    parser.set_defaults(run=_quantize)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = _command(commands, "eval", "measure what quantization costs, on a text", evaluation.EXAMPLES)
+    parser.usage = "torchinfer eval --model DIR --text FILE [options]"
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    evaluation.EVALUATION.add_to(parser)
+    parser.set_defaults(run=_eval)
 
 
 def _command(
@@ -298,6 +263,44 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = diagnose(arguments.path, arguments.seconds)
     print(json.dumps(diagnosis.to_dict(), indent=2) if arguments.json else diagnosis.to_text())
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    config = EngineConfig(
+        model=arguments.model, quantization=quantization(arguments.scheme), **ENGINE.values(arguments)
+    )
+    from torchinfer.loader import LoadOptions
+    from torchinfer.writer.quantize import quantize_checkpoint
+
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
+    assert config.quantization is not None
+    try:
+        report = quantize_checkpoint(
+            config.model,
+            arguments.output,
+            config.quantization,
+            calibration=config.calibration,
+            options=options,
+            progress=config.progress,
+        )
+    except KeyboardInterrupt:
+        print(f"\nwhat is complete is in {arguments.output}.partial; give the same command to go on", file=sys.stderr)
+        raise
+    print(report)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    options = evaluation.EvaluationOptions(**evaluation.EVALUATION.values(arguments))
+    from torchinfer.evaluation.evaluate import evaluate
+    from torchinfer.evaluation.report import write_report
+    from torchinfer.evaluation.table import to_text
+
+    found = evaluate(options)
+    if options.report is not None:
+        write_report(found, shlex.join(["torchinfer", *arguments.argv]), options.report)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else to_text(found))
     return 0
 
 

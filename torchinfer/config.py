@@ -10,12 +10,14 @@ from torchinfer.errors import ConfigError, raise_all
 
 DEVICES = ("auto", "cpu", "cuda", "xla")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8")
 MOE_MODES = ("dropless", "capacity")
 
 SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each
 Size = int  # bytes; the command line takes 2GiB
 # A scheme for all matrices, or for those whose names in the checkpoint fit a pattern: loader/schemes.py
 Quantization = str | Mapping[str, str]
+CALIBRATED = "int8_w8a8"  # the scheme that calibration is for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +32,13 @@ class EngineConfig:
     device: str = "auto"  # the first of xla, cuda, cpu that is there
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
+    calibration: str | Path | None = None  # text file to smooth activations with, for int8_w8a8
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's context
     max_num_requests: int = 64  # running at once, samples counted
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
     page_size: int = 16  # tokens
     kv_cache_memory: float | int | None = None  # at most 1.0: share of the free memory; more: bytes; None: by device
+    kv_cache_dtype: str = "auto"  # the model's; int8 and fp8 (e4m3) with a scale for each token and KV head
     prefix_cache: bool = True
     seed: int = 0  # of requests that have none of their own
     moe_mode: str = "dropless"  # or capacity: overflow beyond the capacity factor is dropped and counted
@@ -52,9 +56,15 @@ class EngineConfig:
 
 def _problems(c: EngineConfig) -> list[str]:
     found = []
-    for name, allowed in (("device", DEVICES), ("dtype", DTYPES), ("moe_mode", MOE_MODES)):
+    choices = {"device": DEVICES, "dtype": DTYPES, "kv_cache_dtype": KV_CACHE_DTYPES, "moe_mode": MOE_MODES}
+    for name, allowed in choices.items():
         if getattr(c, name) not in allowed:
             found.append(f"{name}={getattr(c, name)!r} must be one of {', '.join(allowed)}")
+    if c.calibration is not None and CALIBRATED not in _schemes(c.quantization):
+        found.append(
+            f"calibration={str(c.calibration)!r} is for quantization {CALIBRATED}, not for {c.quantization!r}: leave "
+            "one of them out"
+        )
     for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):
         if getattr(c, name) < 1:
             found.append(f"{name}={getattr(c, name)} must be at least 1")
@@ -76,3 +86,7 @@ def _problems(c: EngineConfig) -> list[str]:
     if not c.moe_capacity_factor > 0:
         found.append(f"moe_capacity_factor={c.moe_capacity_factor} must be positive")
     return found
+
+
+def _schemes(quantization: Quantization | None) -> set[str | None]:
+    return set(quantization.values()) if isinstance(quantization, Mapping) else {quantization}

@@ -57,6 +57,14 @@ def bound_cpu_caches() -> None:
         os.environ.setdefault(name, "128")
 
 
+def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether numbers of a dtype can be made on a device, and read again."""
+    try:
+        return torch.ones(1, device=device).to(dtype).float().item() == 1
+    except (RuntimeError, TypeError):  # what torch and its backends raise for a dtype that they lack
+        return False
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Bytes that are free on the device now."""
     if device.type == "cuda":

@@ -24,6 +24,7 @@ class ModelInfo:
     max_num_requests: int
     eos_token_ids: tuple[int, ...]
     has_tokenizer: bool
+    kv_cache_dtype: str  # what dtype may be, int8, or float8_e4m3fn
 
 
 @dataclass(slots=True)

@@ -298,12 +298,21 @@ class _Handler(BaseHTTPRequestHandler):
         while start < stop and not self.server.gcs.stopped.is_set():
             wanted = min(pace.step, stop - start)
             pace.wait(wanted)
-            count = os.sendfile(self.connection.fileno(), file, start, wanted)
+            count = self._send_some(file, start, wanted)
             if count == 0:  # the file was cut off meanwhile
                 self.close_connection = True
                 return
-            self.server.gcs.count(num_bytes=count)
             start += count
+
+    def _send_some(self, file: int, start: int, wanted: int) -> int:
+        """Bytes that were sent. They are counted first: a client that has them may ask for the counts at once."""
+        self.server.gcs.count(num_bytes=wanted)
+        count = 0
+        try:
+            count = os.sendfile(self.connection.fileno(), file, start, wanted)
+        finally:
+            self.server.gcs.count(num_bytes=count - wanted)
+        return count
 
     def _wait(self, seconds: float) -> None:
         self.server.gcs.stopped.wait(seconds)

@@ -23,9 +23,12 @@ class FlagSet:
     choices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of fields whose flag is not --field-name
 
-    def add_to(self, parser: argparse.ArgumentParser) -> None:
+    def add_to(self, parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+        """Add the flags of all fields, or of some of them."""
         group = parser.add_argument_group(self.title)
         for option in fields(self.kind):
+            if only is not None and option.name not in only:
+                continue
             names = self.names.get(option.name, (f"--{option.name.replace('_', '-')}",))
             arguments = dict(_ARGUMENTS[str(option.type)])
             if option.name in self.choices:
@@ -89,6 +92,11 @@ def quantization(values: Sequence[str]) -> str | dict[str, str]:
 JOINED: Mapping[str, Callable[[Any], object]] = {"logit_bias": dict, "quantization": quantization}
 
 
+def names(text: str) -> tuple[str, ...]:
+    """A,B,C."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def _argument(convert: Callable[[str], object], metavar: str, **more: object) -> dict[str, Any]:
     return {"type": convert, "metavar": metavar, **more}
 
@@ -97,6 +105,7 @@ def _argument(convert: Callable[[str], object], metavar: str, **more: object) ->
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": _argument(int, "N"),
     "int | None": _argument(int, "N"),
+    "Names": _argument(names, "A,B,..."),
     "Size": _argument(size, "SIZE"),
     "float": _argument(float, "X"),
     "float | None": _argument(float, "X"),
@@ -124,4 +133,6 @@ def _default_text(option: Field[Any]) -> str:
         return " (default: on)" if option.default else " (default: off)"
     if option.type == "Size":
         return f" (default: {option.default / 2**30:g}GiB)"
+    if option.type == "Names":
+        return f" (default: {','.join(option.default)})"
     return f" (default: {option.default})"

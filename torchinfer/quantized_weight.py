@@ -25,7 +25,7 @@ class QuantizedWeight:
     row_block: int  # outputs that share a scale
     column_block: int  # inputs that share a scale: a group
     activations: str = "none"  # none, int8, fp8: what the inputs are rounded to, each token by its own scale
-    zero: Tensor | None = None  # uint8 [O, G]; None: 8 with 4 bits, else 0
+    zero: Tensor | None = None  # [O, G], uint8 with 4 bits, int8 with int8; None: 8 with 4 bits, else 0
     group_index: Tensor | None = None  # int32 [S, I], the group of each input; None: in order
     input_scale: Tensor | None = None  # float32 [S], the scale of all inputs in place of one a token
     part_rows: tuple[int, ...] = ()  # outputs of each of the S parts; empty: there is one

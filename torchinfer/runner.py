@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from torchinfer.batch import KVCache
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.moe import MoE
@@ -69,7 +70,7 @@ class Runner(Protocol):
 class EagerRunner:
     """Runs each op as Python reaches it: CPU and CUDA, exact shapes."""
 
-    def __init__(self, model: Decoder, kv_caches: list[Tensor], page_size: int, device: torch.device) -> None:
+    def __init__(self, model: Decoder, kv_caches: list[KVCache], page_size: int, device: torch.device) -> None:
         self.overlaps = device.type == "cuda"
         self.num_compilations = 0
         self._model = model

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from torchinfer import kernels
+from torchinfer.batch import KVCache
+from torchinfer.calibration import calibrate, plan_calibration
 from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
@@ -23,9 +25,10 @@ from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
-from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages
+from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_cache_dtype
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.runner import EagerRunner, Runner
@@ -52,22 +55,25 @@ def start_engine(config: EngineConfig) -> Engine:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
-    dtype = _resolve_dtype(config.dtype, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, checkpoint.config)
+    kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
     model = load_model(
         checkpoint,
         model_config,
         dtype,
         device,
-        options=LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify),
+        options=options,
         quantization=config.quantization,
+        smoothing=_smoothing(config, checkpoint, model_config, tokenizer, device, options),
         moe_mode=config.moe_mode,
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
     )
-    num_pages = _resolve_num_pages(config, model_config, dtype, device, max_model_len)
+    num_pages = _resolve_num_pages(config, model_config, kv_cache_dtype, device, max_model_len)
     kernels.load_ports(device.type)
-    kv_caches = allocate(model_config, num_pages, config.page_size, dtype, device)
+    kv_caches = allocate(model_config, num_pages, config.page_size, kv_cache_dtype, device)
     scheduler = _scheduler(config, model_config, num_pages, max_model_len)
     runner = _runner(config, model, kv_caches, device, max_model_len)
     runner.warm_up(config.progress)
@@ -77,15 +83,30 @@ def start_engine(config: EngineConfig) -> Engine:
         num_parameters=model.num_parameters(),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
         device=device.type,
         num_pages=num_pages,
         page_size=config.page_size,
         max_num_requests=config.max_num_requests,
         eos_token_ids=tuple(_eos_token_ids(checkpoint, tokenizer)),
         has_tokenizer=tokenizer is not None,
+        kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _smoothing(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    device: torch.device,
+    options: LoadOptions,
+) -> Smoothing | None:
+    if config.calibration is None or config.quantization is None:
+        return None
+    plan = plan_calibration(model_config, config.quantization, config.calibration, tokenizer)
+    return calibrate(checkpoint, model_config, plan, device, options, config.progress)
 
 
 def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_model_len: int) -> Scheduler:
@@ -105,7 +126,7 @@ def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_mod
 
 
 def _runner(
-    config: EngineConfig, model: Decoder, kv_caches: list[torch.Tensor], device: torch.device, max_model_len: int
+    config: EngineConfig, model: Decoder, kv_caches: list[KVCache], device: torch.device, max_model_len: int
 ) -> Runner:
     if device.type != "xla":
         return EagerRunner(model, kv_caches, config.page_size, device)
@@ -132,12 +153,16 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return length
 
 
-def _resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise CheckpointError(f"config.json has dtype {name!r}; give dtype as one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _resolve_num_pages(
@@ -155,7 +180,7 @@ def _resolve_num_pages(
     bytes_per_page = page_bytes(model, config.page_size, dtype)
     num_pages = plan_num_pages(budget, bytes_per_page, config.page_size, max_model_len, config.max_num_requests)
     size = num_pages * bytes_per_page / MIB
-    logger.info("KV cache: %d pages of %d tokens, %.1f MiB", num_pages, config.page_size, size)
+    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, config.page_size, _name(dtype), size)
     return num_pages
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 
 if TYPE_CHECKING:
     from torchinfer.models.decoder import Decoder
@@ -228,6 +228,19 @@ def _token_columns(rows: Sequence[Row], page_size: int) -> dict[str, list[int]]:
     return columns
 
 
+def poisoned_cache(
+    shape: tuple[int, ...],  # (2, P, page_size, K, D)
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> KVCache:
+    """A cache that makes NaN of every result that a slot which nobody wrote takes part in."""
+    is_scaled = dtype in (torch.int8, torch.float8_e4m3fn)
+    poison = 127 if dtype == torch.int8 else torch.nan
+    # Made on the CPU: not every device can fill a tensor of 8 bits with NaN.
+    data = torch.full(shape, poison).to(dtype).to(device)
+    return KVCache(data, torch.full(shape[:-1], torch.nan, device=device) if is_scaled else None)
+
+
 @dataclass(slots=True)
 class _Sequence:
     prompt_length: int
@@ -236,16 +249,24 @@ class _Sequence:
 
 
 class PagedDriver:
-    """Runs a model over a paged cache without an engine. Pages are handed out in a scattered order and hold NaN."""
+    """Runs a model over a paged cache without an engine. Pages are handed out in a scattered order and hold NaN.
 
-    def __init__(self, model: Decoder, num_pages: int = 128, page_size: int = 8, seed: int = 0) -> None:
+    kv_cache_dtype: the model's dtype if None.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        num_pages: int = 128,
+        page_size: int = 8,
+        seed: int = 0,
+        kv_cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self.model, self.page_size = model, page_size
         config, parameter = model.config, next(model.parameters())
         shape = (2, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.kv_caches = [
-            torch.full(shape, torch.nan, dtype=parameter.dtype, device=parameter.device)
-            for _ in range(config.num_layers)
-        ]
+        dtype = kv_cache_dtype or parameter.dtype
+        self.kv_caches = [poisoned_cache(shape, dtype, parameter.device) for _ in range(config.num_layers)]
         order = torch.randperm(num_pages - 1, generator=torch.Generator().manual_seed(seed)) + 1
         self.free_pages: list[int] = order.tolist()
         self.sequences: dict[str, _Sequence] = {}
@@ -260,7 +281,7 @@ class PagedDriver:
         """
         rows = {name: self._row(name, chunks[name], prompt_lengths or {}) for name in chunks}
         ordered = sorted(rows, key=lambda name: len(rows[name].tokens) > 1)
-        device = self.kv_caches[0].device
+        device = self.kv_caches[0].data.device
         batch = make_batch([rows[name] for name in ordered], self.page_size, device=device)
         logits = self.model.logits(self.model(batch, self.kv_caches))
         parts = logits.split_with_sizes([len(rows[name].tokens) for name in ordered])

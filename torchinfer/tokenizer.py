@@ -76,6 +76,11 @@ class Tokenizer:
         return eos
 
     @property
+    def bos_token_id(self) -> int | None:
+        bos: int | None = self._tokenizer.bos_token_id
+        return bos
+
+    @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included. The model may have more rows than that."""
         size: int = self._backend.get_vocab_size(with_added_tokens=True)
@@ -84,6 +89,12 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, for people; None if there is none or it has several with names."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else None
 
     def is_special(self, token_id: int) -> bool:
         """Whether decoding leaves this token out."""
@@ -116,18 +127,26 @@ class Tokenizer:
         """The ids of a conversation, each message a mapping of role and content.
 
         Raises:
+            RequestError: as `chat_text`.
+        """
+        return self.encode(self.chat_text(messages, add_generation_prompt), add_special_tokens=False)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the chat template makes of it, special tokens included.
+
+        Raises:
             RequestError: the checkpoint has no chat template, a message is malformed, or the template refuses them.
         """
         if not self.has_chat_template:
             raise RequestError("this model's tokenizer has no chat template; send a plain prompt instead of messages")
         raise_all(_message_problems(messages), RequestError, "invalid messages")
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates are programs: what they raise is up to them
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
     def piece(self, token_id: int) -> bytes:
         """What a token adds to a text that has begun: UTF-8, maybe parts of characters; empty for special tokens."""

@@ -20,7 +20,7 @@ def load_tokenizer(model: str | Path) -> Tokenizer | None:
     """
     if not str(model).startswith("gs:/"):
         return Tokenizer.from_folder(model)
-    from torchinfer.loader.retry import read_file  # with it comes torch, which a folder's tokenizer does not need
+    from torchinfer.loader.stall import read_file  # with it comes torch, which a folder's tokenizer does not need
     from torchinfer.loader.storage import open_source
 
     source = open_source(model)

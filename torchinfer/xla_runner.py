@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from torchinfer.batch import KVCache
 from torchinfer.device import count_compilations, mark_as_donated, synchronize
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
@@ -57,7 +58,7 @@ class XlaRunner:
     def __init__(
         self,
         model: Decoder,
-        kv_caches: list[Tensor],
+        kv_caches: list[KVCache],
         page_size: int,
         device: torch.device,
         *,
@@ -193,7 +194,7 @@ class XlaRunner:
         return self._logprobs(logits, torch.from_numpy(targets).to(self._device))
 
     def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
-        mark_as_donated(self._kv_caches)
+        mark_as_donated([tensor for cache in self._kv_caches for tensor in cache.tensors])
         step = unpack(ints, shape, self._page_size, None).fed(last_ids)
         hidden: Tensor = self._model(step.batch, self._kv_caches)
         return self._model.logits(hidden[step.sample_index]), hidden

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchinfer.kernels.reference.dequantize import dequantize
+from torchinfer.kernels.reference.quantize_rows import quantize_rows
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
-INT8_MAX, FP8_MAX = 127.0, 448.0
-SMALLEST_SCALE = 1e-20  # of a token that is all zeros
-# 127 * 127 * 1024 < 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# 128 * 128 * 1024 = 2**24: float32 holds every partial sum exactly, also where bfloat16 numbers are multiplied (TPU).
 EXACT_COLUMNS = 1024
 
 
@@ -32,22 +32,12 @@ def quantized_matmul(
         return _weight_only(x, weight)
     if weight.input_scale is not None and len(weight.part_rows) > 1:
         return torch.cat([quantized_matmul(x, part) for part in weight.parts()], 1)
-    numbers, input_scale = quantize_rows(x, weight.activations, weight.input_scale)
+    numbers, input_scale = quantize_rows(x, DTYPES[weight.activations], weight.input_scale)
     if weight.activations == "int8":
         product = _integer_product(numbers, weight.values).float()
     else:
         product = functional.linear(numbers.float(), weight.values.float())
-    return (product * input_scale * weight.scale.T).to(x.dtype)
-
-
-def quantize_rows(x: Tensor, kind: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """[N, I] -> int8 or float8_e4m3fn [N, I] and float32 [N, 1]; with a given scale [1], that for all rows."""
-    limit, dtype = (INT8_MAX, torch.int8) if kind == "int8" else (FP8_MAX, torch.float8_e4m3fn)
-    numbers = x.float()
-    if scale is None:
-        scale = (numbers.abs().amax(1, keepdim=True) / limit).clamp(min=SMALLEST_SCALE)
-    numbers = (numbers / scale).clamp(-limit, limit)
-    return (numbers.round() if kind == "int8" else numbers).to(dtype), scale
+    return (product * input_scale[:, None] * weight.scale.T).to(x.dtype)
 
 
 def _weight_only(x: Tensor, weight: QuantizedWeight) -> Tensor:

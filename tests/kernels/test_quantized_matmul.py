@@ -10,7 +10,9 @@ from torch import Tensor
 
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.grouped_matmul import grouped_matmul as grouped_reference
-from torchinfer.kernels.reference.quantized_matmul import quantize_rows, quantized_matmul
+from torchinfer.kernels.reference.quantize_rows import quantize_rows
+from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
+from torchinfer.kernels.reference.quantized_matmul import quantized_matmul
 from torchinfer.kernels.tpu.grouped_matmul import grouped_matmul as grouped_static
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
@@ -33,8 +35,8 @@ def random_input(rows: int, columns: int, dtype: torch.dtype = torch.float32) ->
 def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """float64, with inputs rounded as the weight asks."""
     if weight.activations != "none":
-        numbers, scale = quantize_rows(x, weight.activations, weight.input_scale)
-        return numbers.double() * scale.double() @ dequantize(weight).double().T
+        numbers, scale = quantize_rows(x, ROUNDED[weight.activations], weight.input_scale)
+        return numbers.double() * scale.double()[..., None] @ dequantize(weight).double().T
     return x.double() @ dequantize(weight).double().T
 
 
@@ -72,17 +74,16 @@ def test_integers_are_summed_exactly() -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_rows_of_any_size_are_rounded_by_their_own_largest(kind: str) -> None:
     x = torch.tensor([[0.0, 0.0], [1e-30, -2e-30], [3e38, 1e38], [1.0, -1.0]])
-    numbers, scale = quantize_rows(x, kind)
+    numbers, scale = quantize_rows(x, ROUNDED[kind])
     assert numbers.float().isfinite().all()
     largest = x.abs().amax(1, keepdim=True).clamp(min=1e-20)
-    assert_close(numbers.float() * scale / largest, x / largest, dtype=torch.bfloat16)
+    assert_close(numbers.float() * scale[:, None] / largest, x / largest, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_beyond_a_given_scale_inputs_are_cut_off(kind: str) -> None:
-    limit = 127 if kind == "int8" else 448
-    numbers, _ = quantize_rows(torch.tensor([[1e6, -1e6, limit / 2]]), kind, torch.ones(1))
-    assert numbers.float().tolist() == [[limit, -limit, 64.0 if kind == "int8" else 224.0]]
+@pytest.mark.parametrize(("kind", "expected"), [("int8", [127.0, -128.0, 64.0]), ("fp8", [448.0, -448.0, 64.0])])
+def test_beyond_a_given_scale_inputs_are_cut_off(kind: str, expected: list[float]) -> None:
+    numbers, _ = quantize_rows(torch.tensor([[1e6, -1e6, 63.5]]), ROUNDED[kind], torch.ones(1))
+    assert numbers.float().tolist() == [expected]
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

@@ -10,8 +10,9 @@ import pytest
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.folder import FolderSource
-from torchinfer.loader.retry import PersistentReader, RetryPolicy, read_file
+from torchinfer.loader.retry import PersistentReader, RetryPolicy
 from torchinfer.loader.source import is_inside
+from torchinfer.loader.stall import read_file
 
 
 def persistent(folder: Path) -> PersistentReader:

@@ -187,7 +187,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def readers_left() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "header"))]
 
 
 # A mount that works
@@ -367,6 +367,36 @@ def test_a_daemon_that_hangs_is_given_up(
         fill_toy(checkpoint)
     bucket.daemon.kill()
     for thread in readers_left():  # they end when the kernel lets them go
+        thread.join(10)
+    assert readers_left() == []
+
+
+def test_a_daemon_that_hangs_from_the_beginning_is_given_up(
+    toy: Path, mount: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchinfer.loader.stall.STALL_SECONDS", 0.3)
+    bucket = mount(toy, *NOTHING_KEPT)
+    bucket.daemon.send_signal(signal.SIGSTOP)
+    with pytest.raises(CheckpointError, match=rf"cannot open {bucket.point}: nothing came for 0.3 s, 3 times"):
+        Checkpoint.open(bucket.point)
+    bucket.daemon.kill()
+    for thread in readers_left():
+        thread.join(10)
+    assert readers_left() == []
+
+
+def test_a_daemon_that_hangs_while_headers_are_read_is_given_up(
+    toy: Path, mount: Mount, on_read: OnRead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchinfer.loader.stall.STALL_SECONDS", 0.3)
+    bucket = mount(toy)
+    on_read(lambda number: bucket.daemon.send_signal(signal.SIGSTOP) if number == 3 else None)  # 1, 2: JSON files
+    with pytest.raises(
+        CheckpointError, match=r"cannot read the header of .*model-\d-of-2.*: nothing came for 0.3 s, 3"
+    ):
+        Checkpoint.open(bucket.point)
+    bucket.daemon.kill()
+    for thread in readers_left():
         thread.join(10)
     assert readers_left() == []
 

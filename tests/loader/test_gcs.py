@@ -20,8 +20,9 @@ from torchinfer.fake_gcs import Behaviour, FakeGcs
 from torchinfer.loader import gcs as gcs_module
 from torchinfer.loader.gcs import MAX_GAP_BYTES, GcsSource
 from torchinfer.loader.gcs_stream import READ_BYTES
-from torchinfer.loader.retry import Attempts, PersistentReader, RetryPolicy, read_file
+from torchinfer.loader.retry import Attempts, PersistentReader, RetryPolicy
 from torchinfer.loader.source import TransientError
+from torchinfer.loader.stall import read_file
 
 SIZE = 3_000_001
 CONTENT = random.Random(0).randbytes(SIZE)

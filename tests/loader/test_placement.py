@@ -180,3 +180,13 @@ def test_slots_that_leave_rows_out_are_our_bug() -> None:
     model.layers[0].merged.slots = {"q": slice(0, 4), "k": slice(4, 5)}
     with pytest.raises(AssertionError, match=r"layers\.0\.merged\.weight fill 15 of 18"):
         place(model, entries(shapes()))
+
+
+def test_the_shape_of_a_part_is_that_of_its_view() -> None:
+    model = build()
+    state, tensors = model.state_dict(keep_vars=True), entries(shapes())
+    placements, problems = place(model, tensors)
+    assert not problems
+    for placement in placements.values():
+        parameter = state[placement.parameter]
+        assert placement.part_shape(parameter.shape) == placement.part(parameter).shape

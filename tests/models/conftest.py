@@ -55,9 +55,9 @@ class Case:
                 module.inv_freq = module.original_inv_freq
                 module.max_seq_len_cached = module.original_max_seq_len
 
-    def driver(self) -> PagedDriver:
+    def driver(self, kv_cache_dtype: torch.dtype | None = None) -> PagedDriver:
         """A fresh cache."""
-        return PagedDriver(self.ours)
+        return PagedDriver(self.ours, kv_cache_dtype=kv_cache_dtype)
 
 
 @pytest.fixture(scope="module", params=TINY)

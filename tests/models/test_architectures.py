@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from torchinfer import models
@@ -16,6 +17,18 @@ def random_prompt(length: int) -> list[int]:
 
 def test_logits_equal_transformers(case, prompt):
     assert_close(case.driver().step({"a": prompt})["a"], case.logits(prompt))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.int8, 0.03), (torch.float8_e4m3fn, 0.12), (torch.bfloat16, 0.01)]
+)
+def test_logits_over_a_cache_of_another_dtype_are_near(case, prompt, dtype, allowed):
+    expected = case.logits(prompt)
+    driver = case.driver(dtype)
+    logits = torch.cat([driver.step({"a": prompt[i:j]}, {"a": 45})["a"] for i, j in ((0, 30), (30, 44), (44, 45))])
+    errors = (logits - expected).square().mean(1).sqrt() / expected.std()
+    # Of the tokens the median: one whose expert is another one is far off.
+    assert errors.median() < allowed * (5 if case.ours.config.moe else 1)
 
 
 def test_greedy_ids_equal_transformers(case, prompt):

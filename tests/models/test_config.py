@@ -153,7 +153,6 @@ def test_architectures_must_be_a_list(names):
         ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "more than 2"),
         ({"rope_parameters": {"full_attention": {}}}, "full_attention"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'awq'"),
     ],
 )
 def test_refusals_name_the_value(change, expected):
@@ -177,8 +176,8 @@ def test_refusals_of_families(raw, expected):
 
 
 def test_all_problems_come_at_once():
-    message = refusal({**LLAMA, "vocab_size": 0, "hidden_act": "relu2", "quantization_config": {"quant_method": "fp8"}})
-    assert all(text in message for text in ("vocab_size=0", "'relu2'", "'fp8'"))
+    message = refusal({**LLAMA, "vocab_size": 0, "hidden_act": "relu2", "rope_theta": -1.0})
+    assert all(text in message for text in ("vocab_size=0", "'relu2'", "rope_theta=-1.0"))
 
 
 def test_missing_keys_are_named():

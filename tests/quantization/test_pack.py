@@ -125,7 +125,7 @@ def test_what_is_not_finite_shows_in_the_scale(name: str, wrong: float) -> None:
         ("int4", (8,), 4544, "4544 inputs are not a multiple of the group size 128: use int4_g64 or int4_g32"),
         ("int4", (8,), 100, "use int8"),
         ("fp8_block", (48, 48), 128, "parts of 48, 48 outputs are merged"),
-        ("int8_w8a8", (8,), 133145, "may overflow int32, which holds 133144"),
+        ("int8_w8a8", (8,), 131072, "may overflow int32, which holds 131071"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(name: str, rows: tuple[int, ...], columns: int, words: str) -> None:

@@ -67,6 +67,7 @@ class FakeEngine:
             max_num_requests=8,
             eos_token_ids=(257,),
             has_tokenizer=self.tokenizer is not None,
+            kv_cache_dtype="float32",
         )
 
     @property

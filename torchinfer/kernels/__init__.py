@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.errors import ConfigError
 from torchinfer.quantized_weight import QuantizedWeight
 
@@ -27,7 +27,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu",),
     "rotary_embedding": (),
     "gated_activation": (),
-    "write_kv_pages": (),
+    "write_kv_pages": ("tpu",),
     "paged_attention": ("tpu",),
     "grouped_matmul": ("tpu",),
     "quantized_matmul": (),
@@ -95,17 +95,19 @@ def gated_activation(gate_up: Tensor, activation: str) -> Tensor:
     return _port("gated_activation", gate_up)(gate_up, activation)
 
 
-def write_kv_pages(key: Tensor, value: Tensor, kv_cache: Tensor, slot: Tensor) -> Tensor:
-    """Write each token's key and value into its slot, in place, and return kv_cache.
+def write_kv_pages(key: Tensor, value: Tensor, kv_cache: KVCache, slot: Tensor) -> None:
+    """Write each token's key and value into its slot, in place.
 
-    key, value: [T, K, D]; kv_cache: [2, P, page_size, K, D] (keys, values); slot: [T] int32.
+    key, value: [T, K, D]; slot: [T] int32. A cache with scales gets for each row of D values x, in float32,
+    scale = max|x| / M, at least the smallest normal number, and data = x / scale rounded to the nearest (ties to
+    even), M being 127 for int8 and 448 for float8_e4m3fn.
     """
-    return _port("write_kv_pages", key)(key, value, kv_cache, slot)
+    _port("write_kv_pages", key)(key, value, kv_cache, slot)
 
 
 def paged_attention(
     query: Tensor,
-    kv_cache: Tensor,
+    kv_cache: KVCache,
     batch: Batch,
     *,
     scale: float,
@@ -114,8 +116,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each token over its request's pages, softmax in float32.
 
-    query: [T, H, D]; kv_cache: [2, P, page_size, K, D] with this step's keys and values already written.
+    query: [T, H, D]; kv_cache: with this step's keys and values already written.
     A token at position p sees positions (p - window, p]. soft_cap c turns a score s into c * tanh(s / c).
+    The scale of a key multiplies its scores before the soft cap, that of a value its probabilities after the softmax.
     Returns [T, H, D]; padded tokens hold arbitrary finite values.
     Source: arXiv 2309.06180 (paged), 2604.15464 (ragged); Gemma 2 for the soft cap.
     """

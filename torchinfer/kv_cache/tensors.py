@@ -1,19 +1,44 @@
-"""The cache's memory: bytes per page, pages that fit, allocation."""
+"""The cache's memory: its dtype, bytes per page, pages that fit, allocation."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from torchinfer.batch import KVCache
+from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.models.config import ModelConfig
 
 MIB = 2**20
+DTYPES = {  # of what EngineConfig.kv_cache_dtype names, auto aside
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+SCALED = (torch.int8, torch.float8_e4m3fn)  # with a scale for each token and KV head
+
+
+def resolve_cache_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that `kv_cache_dtype` names; auto is the model's.
+
+    Raises:
+        ConfigError: when the device cannot convert to it and back.
+    """
+    dtype = model_dtype if name == "auto" else DTYPES[name]
+    if dtype == torch.float8_e4m3fn and not has_dtype(dtype, device):
+        raise ConfigError(
+            f"kv_cache_dtype={name!r} stores {dtype}, which {device.type} cannot convert to and back here; "
+            f"use int8, which takes as many bytes, or auto"
+        )
+    return dtype
 
 
 def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: keys and values."""
-    return 2 * model.num_layers * page_size * model.num_kv_heads * model.head_dim * dtype.itemsize
+    """Bytes of one page over all layers: keys and values, and their scales."""
+    bytes_per_row = model.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype in SCALED else 0)
+    return 2 * model.num_layers * page_size * model.num_kv_heads * bytes_per_row
 
 
 def plan_num_pages(
@@ -40,16 +65,21 @@ def plan_num_pages(
 
 def allocate(
     model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> list[Tensor]:
-    """One cache a layer: [2, num_pages, page_size, num_kv_heads, head_dim], zeros.
+) -> list[KVCache]:
+    """One cache a layer, zeros.
 
     Raises:
         DeviceError: when the device has not enough memory, with the arithmetic.
     """
-    shape = (2, num_pages, page_size, model.num_kv_heads, model.head_dim)
-    try:
+    shape = (2, num_pages, page_size, model.num_kv_heads)
+
+    def layer() -> KVCache:
         # Written now: memory that is only promised would run out in the middle of traffic.
-        return [torch.empty(shape, dtype=dtype, device=device).zero_() for _ in range(model.num_layers)]
+        data = torch.empty(*shape, model.head_dim, dtype=dtype, device=device).zero_()
+        return KVCache(data, torch.empty(shape, device=device).zero_() if dtype in SCALED else None)
+
+    try:
+        return [layer() for _ in range(model.num_layers)]
     except (torch.OutOfMemoryError, RuntimeError) as error:
         total = num_pages * page_bytes(model, page_size, dtype)
         raise DeviceError(

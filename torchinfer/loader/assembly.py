@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Assembly:
             return None
         if placement.cut is not None and placement.cut.dim != 0:
             return None
-        if self._dtype_of(placement.parameter) != piece.entry.dtype:
+        if self._dtype_of(placement.parameter) != (placement.view or piece.entry.dtype):
             return None
         return self._destination(placement.parameter, piece).reshape(-1).view(torch.uint8)
 
@@ -80,17 +80,19 @@ class Assembly:
         if is_part and cut is not None:
             shape[cut.dim] = cut.stop - cut.start
         value = content.view(piece.entry.dtype).view(shape)
+        if placement.view is not None:
+            value = value.view(placement.view)
         if self._device.type == "cuda":
             value = value.to(self._device, non_blocking=True)
         if placement.convert is not None:
-            value = placement.convert(value)
+            value = _convert(piece.entry.name, placement.convert, value)
         if cut is not None and not is_part:
             value = value.narrow(cut.dim, cut.start, cut.stop - cut.start)
         if placement.matrix is None:
             _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
             self._place(placement.parameter, piece, value)
             return
-        for tensor, packed in placement.matrix.scheme.pack(value).items():
+        for tensor, packed in placement.pack(value).items():
             block = placement.matrix.specs[tensor].row_block
             assert block is not None, "what belongs to no rows cannot be packed in rows"
             self._place(f"{placement.parameter}.{tensor}", piece, packed, block)
@@ -172,7 +174,7 @@ class Assembly:
         placement = self._placements[piece.entry.name]
         host = value.to(self._dtype_of(tensor), copy=True).contiguous()
         if tensor in self._scales:
-            _check_scale(tensor, host)
+            _check_scale(piece.entry.name, host)
         numbers = torch.arange(self._empty[tensor].numel(), device="meta")
         destination = placement.part(numbers.view(self._empty[tensor].shape), row_block)
         first = int(destination.storage_offset())
@@ -180,6 +182,16 @@ class Assembly:
             rows = piece.first_row - _first_row(placement, piece)
             first += rows // row_block * math.prod(destination.shape[1:])
         self._parts.setdefault(tensor, []).append((first, host.view(-1).to(self._device)))
+
+    def _check_scales(self, parameter: str, value: Tensor) -> None:
+        """All at once; the tensor is named only where that fails, because there may be thousands."""
+        try:
+            _check_scale(parameter, value)
+        except CheckpointError:
+            for name, placement in self._placements.items():
+                if placement.parameter == parameter:
+                    _check_scale(name, placement.part(value))
+            raise
 
     def _take(self, parameter: str) -> Tensor:
         if self._device.type != "xla":
@@ -189,13 +201,20 @@ class Assembly:
 
     def _assign(self, parameter: str, value: Tensor) -> None:
         if parameter in self._scales and self._device.type != "xla":
-            _check_scale(parameter, value)
+            self._check_scales(parameter, value)
         value = value.to(self._device)
         if isinstance(self._empty[parameter], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for name in self._tied[parameter]:
             module, _, attribute = name.rpartition(".")
             setattr(self._model.get_submodule(module), attribute, value)
+
+
+def _convert(name: str, convert: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    try:
+        return convert(value)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {name!r} has {error}") from error
 
 
 def _first_row(placement: Placement, piece: Piece) -> int:
@@ -220,13 +239,13 @@ def _scales(model: nn.Module) -> set[str]:
     return {f"{name}.{tensor}" for name in matrices for tensor in ("scale", "input_scale")}
 
 
-def _check_scale(tensor: str, scale: Tensor) -> None:
-    """Refuse scales that turn weights into what is not finite, or into nothing."""
+def _check_scale(name: str, scale: Tensor) -> None:
+    """Refuse scales that turn weights into what is not finite, or into nothing; `name` is what is wrong then."""
     if not scale.numel():
         return
     low, high = (bound.item() for bound in torch.aminmax(scale))  # NaN if there is one
     if not (low > 0 and high < math.inf):
         raise CheckpointError(
-            f"{tensor} has scales from {low} to {high}, but they must be positive and finite: the checkpoint has "
+            f"{name!r} has scales from {low} to {high}, but they must be positive and finite: the checkpoint has "
             "numbers that are not finite, or was quantized wrongly; take another copy of it"
         )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,17 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, raise_all
 from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_header, shorten
-from torchinfer.loader.retry import Attempts, PersistentReader, read_file
+from torchinfer.loader.retry import PersistentReader, Stopped
 from torchinfer.loader.source import FileStat, Source, is_inside
+from torchinfer.loader.stall import StalledError, Trial, read_file, unless_stalled
 from torchinfer.loader.storage import open_source
 from torchinfer.tokenizer import VOCABULARY_FILES
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Files of older tools -> the method that they are about.
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -39,6 +44,7 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     stats: dict[str, FileStat]  # of the files that hold tensors: what is read must be of this version
     has_tokenizer: bool
+    quantization: Any = None  # what config.json, or a file beside it, says of tensors that come quantized
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -73,11 +79,17 @@ class Checkpoint:
                 f"{self.address} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has"
             )
         entry = self.tensors[name]
-        memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
         end = entry.offset + entry.num_bytes
-        with PersistentReader(self.source, entry.shard, self.stats[entry.shard], end=end) as reader:
-            reader.read_into(entry.offset, memory.numpy().data)
-            reader.check()
+
+        def read(trial: Trial) -> Tensor:
+            memory = torch.empty(entry.num_bytes, dtype=torch.uint8)
+            stat = self.stats[entry.shard]
+            with PersistentReader(self.source, entry.shard, stat, trial.attempts, end=end) as reader:
+                reader.read_into(entry.offset, memory.numpy().data, trial.count)
+                reader.check()
+            return memory
+
+        memory = unless_stalled(f"read {quoted(name)} of {self.address}/{entry.shard}", read)
         return memory.view(entry.dtype).reshape(entry.shape)
 
 
@@ -87,8 +99,8 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
     """
-    source = open_source(path)
-    names = source.names()
+    source = unless_stalled(f"open {path}", lambda trial: open_source(path))
+    names = unless_stalled(f"list {path}", lambda trial: source.names())
     problems: list[str] = []
     config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
     if CONFIG not in names:
@@ -98,7 +110,8 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     tensors = {entry.name: entry for header in headers for entry in header.entries}
     stats = {header.shard: header.stat for header in headers}
     has_tokenizer = any(name in names for name in VOCABULARY_FILES)
-    return Checkpoint(source, config, generation, tensors, stats, has_tokenizer), problems
+    quantization = _read_quantization(source, names, config, problems)
+    return Checkpoint(source, config, generation, tensors, stats, has_tokenizer, quantization), problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +124,21 @@ class _Header:
 def _read_json(source: Source, name: str, problems: list[str]) -> dict[str, Any]:
     try:
         return parse_json(read_file(source, name, MAX_JSON_BYTES), name)
+    except StalledError:
+        raise
     except CheckpointError as error:
         problems.append(str(error))
         return {}
+
+
+def _read_quantization(source: Source, names: list[str], config: dict[str, Any], problems: list[str]) -> Any:
+    for key in QUANTIZATION_KEYS:
+        if config.get(key) is not None:
+            return config[key]
+    for name, method in QUANTIZATION_FILES.items():
+        if name in names:
+            return {"quant_method": method, **_read_json(source, name, problems)}
+    return None
 
 
 def _scan_tensors(source: Source, names: list[str], problems: list[str]) -> list[_Header]:
@@ -147,7 +172,7 @@ def _scan_shards(source: Source, names: list[str], problems: list[str]) -> list[
             "'.' and '..' parts"
         )
     inside = [shard for shard in shards if is_inside(shard)]
-    missing = [shard for shard in inside if shard not in names and ("/" not in shard or not source.has(shard))]
+    missing = [shard for shard in inside if shard not in names and not _is_deeper(source, shard)]
     if missing:
         problems.append(
             f"{len(missing)} of {len(shards)} shards that {INDEX} names are not there: {', '.join(shorten(missing))}; "
@@ -196,23 +221,35 @@ def _compare(weight_map: dict[str, str], entries: list[TensorEntry], readable: s
         )
 
 
+def _is_deeper(source: Source, shard: str) -> bool:
+    """Whether a shard that the list of the folder does not show is in a subfolder."""
+    return "/" in shard and unless_stalled(f"look at {source.address}/{shard}", lambda trial: source.has(shard))
+
+
 def _read_headers(source: Source, shards: list[str], problems: list[str]) -> list[_Header]:
     """Those that can be read. Side by side: a header over a network is two or three round trips."""
+    stop = threading.Event()
 
-    attempts = Attempts()
-
-    def read(shard: str) -> _Header | CheckpointError:
-        try:
+    def read(shard: str) -> _Header | CheckpointError | Stopped:
+        def try_it(trial: Trial) -> _Header:
             stat = source.stat(shard)
-            return _Header(shard, stat, read_header(source, shard, stat, attempts))
-        except CheckpointError as error:
+            return _Header(shard, stat, read_header(source, shard, stat, trial))
+
+        try:
+            return unless_stalled(f"read the header of {source.address}/{shard}", try_it, stop)
+        except StalledError as error:
+            stop.set()  # or each of the others would be waited for as long
+            return error
+        except (CheckpointError, Stopped) as error:
             return error
 
     with ThreadPoolExecutor(HEADER_READERS, "header") as pool:
         try:
             found = list(pool.map(read, shards))
         finally:
-            attempts.stop.set()  # after Ctrl-C nobody waits for what is left
+            stop.set()  # after Ctrl-C nobody waits for what is left
+    for stalled in (each for each in found if isinstance(each, StalledError)):
+        raise stalled
     problems += [str(each) for each in found if isinstance(each, CheckpointError)]
     return [each for each in found if isinstance(each, _Header)]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.retry import read_file
 from torchinfer.loader.source import FileStat, Source
+from torchinfer.loader.stall import read_file
 
 SUMS = "CRC32C"  # lines of "<8 hex digits>  <file name>", as sha256sum writes its own
 MAX_SUMS_BYTES = 10_000_000

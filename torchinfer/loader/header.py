@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import torch
 
 from torchinfer.errors import CheckpointError, raise_all
-from torchinfer.loader.retry import Attempts, PersistentReader
+from torchinfer.loader.retry import PersistentReader
 from torchinfer.loader.source import FileStat, Source
+from torchinfer.loader.stall import Trial
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 64
@@ -57,13 +58,13 @@ class TensorEntry:
     num_bytes: int
 
 
-def read_header(source: Source, shard: str, stat: FileStat, attempts: Attempts | None = None) -> list[TensorEntry]:
+def read_header(source: Source, shard: str, stat: FileStat, trial: Trial | None = None) -> list[TensorEntry]:
     """All tensors of one safetensors file, in the order of their bytes.
 
     Raises:
         CheckpointError: with what the header says, the rule it breaks, and what to do; several where there are.
     """
-    text = _header_text(source, shard, stat, attempts)
+    text = _header_text(source, shard, stat, trial or Trial())
     fields = _parse(text, shard)
     _check_metadata(fields.pop("__metadata__", {}), shard)
     data = LENGTH_BYTES + len(text)
@@ -104,17 +105,17 @@ def parse_json(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _header_text(source: Source, shard: str, stat: FileStat, attempts: Attempts | None) -> bytes:
+def _header_text(source: Source, shard: str, stat: FileStat, trial: Trial) -> bytes:
     start = bytearray(min(stat.size, FIRST_BYTES))
-    with PersistentReader(source, shard, stat, attempts, end=len(start)) as reader:
-        reader.read_into(0, memoryview(start))
+    with PersistentReader(source, shard, stat, trial.attempts, end=len(start)) as reader:
+        reader.read_into(0, memoryview(start), trial.count)
     length = _header_length(bytes(start), shard, stat.size)
     text = bytearray(length)
     known = start[LENGTH_BYTES : LENGTH_BYTES + length]
     text[: len(known)] = known
     if len(known) < length:
-        with PersistentReader(source, shard, stat, attempts, end=LENGTH_BYTES + length) as reader:
-            reader.read_into(len(start), memoryview(text)[len(known) :])
+        with PersistentReader(source, shard, stat, trial.attempts, end=LENGTH_BYTES + length) as reader:
+            reader.read_into(len(start), memoryview(text)[len(known) :], trial.count)
     return bytes(text)
 
 

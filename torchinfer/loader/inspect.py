@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchinfer.errors import UnsupportedModelError
 from torchinfer.loader.checkpoint import Checkpoint, scan
 from torchinfer.loader.header import TensorEntry, quoted
 from torchinfer.loader.placement import dtype_name, place
+from torchinfer.loader.published import plan_published
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 
@@ -47,7 +50,8 @@ class Inspection:
     path: str
     architecture: str | None
     unsupported: str | None  # why this library cannot compute the model; None: it can
-    num_parameters: int  # values in all tensors
+    num_parameters: int  # values in all tensors; of a quantized model those that they stand for
+    quantization: str | None  # how the checkpoint comes quantized: method, schemes, layers that are not
     total_bytes: int
     bytes_by_dtype: dict[str, int]
     bytes_by_shard: dict[str, int]
@@ -72,6 +76,7 @@ class Inspection:
             "architecture": self.architecture or "unknown",
             "supported": "yes" if self.unsupported is None else f"no: {self.unsupported}",
             "parameters": f"{self.num_parameters:,}",
+            "quantization": self.quantization or "none",
             "size": f"{_size(self.total_bytes)} in {len(self.bytes_by_shard)} file(s)",
             "dtypes": ", ".join(f"{dtype} {_size(size)}" for dtype, size in self.bytes_by_dtype.items()) or "none",
             **{name.replace("num_", "").replace("_", " "): _number(value) for name, value in self.shape.items()},
@@ -97,16 +102,25 @@ def inspect(path: str | Path) -> Inspection:
     """
     checkpoint, problems = scan(path)
     config, unsupported = _read_config(checkpoint)
+    quantization = None if checkpoint.quantization is None else _method(checkpoint.quantization)
+    num_parameters = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
     if config is not None and checkpoint.tensors:
         with torch.device("meta"):
             model = build_model(config)
-        problems += place(model, checkpoint.tensors)[1]
+        try:
+            tensors, quantization, found = _hold(model, checkpoint)
+            # What cannot be held would be missing, too.
+            problems += found or place(model, tensors)[1]
+            num_parameters = model.num_parameters() if checkpoint.quantization is not None else num_parameters
+        except UnsupportedModelError as error:
+            unsupported = str(error)
     entries = sorted(checkpoint.tensors.values(), key=lambda entry: (-entry.num_bytes, entry.name))
     return Inspection(
         path=str(path),
         architecture=config.architecture if config else _architecture(checkpoint),
         unsupported=unsupported,
-        num_parameters=sum(math.prod(entry.shape) for entry in entries),
+        num_parameters=num_parameters,
+        quantization=quantization,
         total_bytes=checkpoint.total_bytes,
         bytes_by_dtype=_bytes_by(entries, "dtype"),
         bytes_by_shard=_bytes_by(entries, "shard"),
@@ -125,6 +139,18 @@ def _read_config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None
         return ModelConfig.from_dict(checkpoint.config), None
     except UnsupportedModelError as error:
         return None, str(error)
+
+
+def _hold(model: nn.Module, checkpoint: Checkpoint) -> tuple[Mapping[str, TensorEntry], str | None, list[str]]:
+    """Let the model hold its matrices as the checkpoint does: the tensors that are loaded, a summary, problems."""
+    if checkpoint.quantization is None:
+        return checkpoint.tensors, None, []
+    published, problems = plan_published(model, checkpoint)
+    return published.checkpoint.tensors, published.summary, problems
+
+
+def _method(quantization: Any) -> str:
+    return str(quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization)
 
 
 def _architecture(checkpoint: Checkpoint) -> str | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted, shorten
 from torchinfer.quantization import QuantizedMatrix
+from torchinfer.quantization.source import Shape
 from torchinfer.weight_map import Target
 
 NUMBER = "0|[1-9][0-9]*"
@@ -68,8 +69,10 @@ class Placement:
     cut: Cut | None = None  # None: the tensor as a whole
     matrix: QuantizedMatrix | None = None  # that `parameter` is, and whose scheme the tensor is packed by
     convert: Callable[[Tensor], Tensor] | None = None  # what must see the whole tensor before it is placed
-    shape: tuple[int, ...] | None = None  # of the tensor; None: that of the part
+    shapes: tuple[tuple[int, ...], ...] = ()  # that the tensor may have; empty: that of the part
     dtypes: tuple[torch.dtype, ...] = ()  # of the tensor; empty: those that the parameter's can be made of
+    view: torch.dtype | None = None  # what the tensor's bytes are numbers of, if not of its own dtype
+    columns: Tensor | None = None  # float32 [I]: what its columns are multiplied by before it is packed
 
     def part(self, parameter: Tensor, row_block: int = 1) -> Tensor:
         """The view of the parameter that the tensor fills; of another one that has a row for `row_block` of its."""
@@ -79,10 +82,22 @@ class Placement:
             return parameter
         return parameter[self.rows.start // row_block : -(-self.rows.stop // row_block)]
 
+    def pack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set."""
+        assert self.matrix is not None
+        rows = rows if self.columns is None else rows.float() * self.columns.to(rows.device)
+        return self.matrix.scheme.pack(rows)
+
     @property
     def row_block(self) -> int:
         """Rows that must be placed together."""
         return self.matrix.scheme.row_block if self.matrix is not None else 1
+
+    def part_shape(self, shape: torch.Size) -> torch.Size:
+        """Of `part` for a parameter of this shape. A view of a tensor takes ten times as long, and experts are many."""
+        if self.expert is not None:
+            shape = shape[1:]
+        return shape if self.rows is None else torch.Size((len(range(shape[0])[self.rows]), *shape[1:]))
 
     def rows_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """First and last + 1 of the rows of the checkpoint tensor that must be read. A row is read as a whole, also
@@ -118,6 +133,11 @@ def place(
     known = {name for placements in expected.values() for name in placements}
     unexpected = [quoted(name) for name in _unexpected(tensors, known, _ignored(model))]
     problems = [*_listed(missing, "missing"), *_listed(unexpected, "unexpected")]
+    is_quantized = any(matrix.sources for matrix in _matrices(model).values())
+    if missing and is_quantized:
+        problems[0] += "; quantization_config says that they are there: download the checkpoint again, or correct it"
+    if shard.world > 1 and is_quantized:
+        problems.append(f"a checkpoint that comes quantized is read by one process, not divided among {shard.world}")
     cut = {name: _with_cut(placement, state, tensors[name], shard) for name, placement in chosen.items()}
     return cut, [*problems, *_unfit(cut, state, tensors)]
 
@@ -148,8 +168,11 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 def packed_matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
     """The matrices that are quantized while they are loaded, by name."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
-    return {name: matrix for name, matrix in found.items() if not matrix.sources}
+    return {name: matrix for name, matrix in _matrices(model).items() if not matrix.sources}
+
+
+def _matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
 
 
 def expected_tensors(model: nn.Module) -> dict[str, dict[str, Placement]]:
@@ -159,15 +182,16 @@ def expected_tensors(model: nn.Module) -> dict[str, dict[str, Placement]]:
     for name, placement in _all_placements(model, state):
         expected[placement.parameter][name] = placement
     for parameter, placements in expected.items():
-        filled, size = sum(p.part(state[parameter]).numel() for p in placements.values()), state[parameter].numel()
-        assert filled in (0, size), f"CHECKPOINT and slots of {parameter} fill {filled} of {size}"
+        shape = state[parameter].shape
+        filled = sum(placement.part_shape(shape).numel() for placement in placements.values())
+        assert filled in (0, shape.numel()), f"CHECKPOINT and slots of {parameter} fill {filled} of {shape.numel()}"
     return expected
 
 
 def _all_placements(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Placement]]:
     table: Mapping[str, Target] = model.CHECKPOINT  # type: ignore[assignment]
     patterns = [(_regex(target.parameter), name, target) for name, target in table.items()]
-    matrices = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedMatrix)}
+    matrices = _matrices(model)
     shapes = {name: tensor.shape for name, tensor in state.items() if name.rpartition(".")[0] not in matrices}
     for parameter, shape in {**shapes, **{name: matrix.shape for name, matrix in matrices.items()}}.items():
         matrix = matrices.get(parameter)
@@ -198,11 +222,16 @@ def _sources(name: str, placement: Placement, matrix: QuantizedMatrix) -> Iterat
                 f"{placement.parameter}.{source.tensor}",
                 placement.expert,
                 own,
-                convert=partial(source.convert, shape=shape) if source.convert is not None else None,
-                shape=source.shape(rows.stop - rows.start, matrix.shape[-1]) if source.shape is not None else None,
+                convert=partial(_convert, source.convert, shape) if source.convert is not None else None,
+                shapes=source.shapes(rows.stop - rows.start) if source.shapes is not None else (),
                 dtypes=source.dtypes,
+                view=source.view,
             ),
         )
+
+
+def _convert(convert: Callable[[Tensor, Shape], Tensor], shape: Shape, tensor: Tensor) -> Tensor:
+    return convert(tensor, shape)
 
 
 def _names(pattern: str, numbers: Mapping[str, str], shape: tuple[int, ...]) -> Iterator[tuple[str, int | None]]:
@@ -242,9 +271,11 @@ def _unexpected(names: Iterable[str], known: set[str], ignored: list[re.Pattern[
 def _with_cut(placement: Placement, state: Mapping[str, Tensor], entry: TensorEntry, shard: Shard) -> Placement:
     """The placement with this process's part, if the tensor is divided. What does not divide evenly stays whole, and
     is found to be of the wrong shape."""
-    local, full = tuple(placement.part(state[placement.parameter]).shape), entry.shape
+    if shard.world == 1:
+        return placement
+    local, full = placement.part_shape(state[placement.parameter].shape), entry.shape
     differing = [dim for dim, (a, b) in enumerate(zip(local, full, strict=False)) if a != b]
-    if shard.world == 1 or len(local) != len(full) or len(differing) != 1 or placement.convert is not None:
+    if len(local) != len(full) or len(differing) != 1 or placement.convert is not None:
         return placement
     dim = differing[0]
     num_parts, rest = divmod(full[dim], max(local[dim], 1))
@@ -259,11 +290,10 @@ def _unfit(
     shapes, dtypes = [], []
     for name, placement in chosen.items():
         parameter, entry = state[placement.parameter], tensors[name]
-        shape = list(placement.shape or placement.part(parameter).shape)
-        if placement.cut:
-            shape[placement.cut.dim] = entry.shape[placement.cut.dim]
-        if shape != list(entry.shape):
-            shapes.append(f"{quoted(name)} has {list(entry.shape)}, the model needs {shape}")
+        needed_shapes = placement.shapes or (_shape_of(placement, parameter, entry),)
+        if entry.shape not in needed_shapes:
+            listed = " or ".join(str(list(shape)) for shape in needed_shapes)
+            shapes.append(f"{quoted(name)} has {list(entry.shape)}, the model needs {listed}")
         if placement.dtypes:
             if entry.dtype not in placement.dtypes:
                 needed = " or ".join(map(dtype_name, placement.dtypes))
@@ -275,6 +305,16 @@ def _unfit(
         elif not parameter.is_floating_point() and entry.dtype != parameter.dtype:
             dtypes.append(f"{quoted(name)} has {dtype_name(entry.dtype)}, {dtype_name(parameter.dtype)} is needed")
     return [*_listed(shapes, "of the wrong shape"), *_listed(dtypes, "of the wrong dtype")]
+
+
+def _shape_of(placement: Placement, parameter: Tensor, entry: TensorEntry) -> tuple[int, ...]:
+    """What fills the part, in the tensor's own dtype and with what others cut out of it."""
+    shape = list(placement.part_shape(parameter.shape))
+    if placement.cut:
+        shape[placement.cut.dim] = entry.shape[placement.cut.dim]
+    if placement.view is not None:
+        shape[-1] = shape[-1] * placement.view.itemsize // placement.dtypes[0].itemsize
+    return tuple(shape)
 
 
 def _listed(items: list[str], what: str) -> list[str]:

@@ -21,6 +21,7 @@ from torchinfer.loader.memory import Staging
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.loader.retry import Attempts, PersistentReader, Stopped
 from torchinfer.loader.source import ALIGNMENT, DirectUnsupportedError, FileStat, Source
+from torchinfer.loader.stall import MAX_STALLS, STALL_SECONDS
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 JOIN_SECONDS = 5.0
 MAX_UNPLACED = 2  # beyond, readers wait: buffers that are used again are faster than more of them
-MAX_STALLS = 3  # of one extent
 
 
 @dataclass(slots=True)
@@ -78,7 +78,7 @@ class Readers:
     count: ReaderCount
     direct: DirectChoice
     checksums: Checksums | None = None  # None: nothing is verified
-    stall_seconds: float = 60.0  # without a byte, after which an extent is read by another reader
+    stall_seconds: float = STALL_SECONDS  # without a byte, after which an extent is read by another reader
     attempts: Attempts = field(default_factory=Attempts)
     poll_seconds: float = POLL_SECONDS  # after which `filled` gives None
     most_readers: int = 0

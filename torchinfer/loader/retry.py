@@ -205,14 +205,3 @@ class PersistentReader:
         except TransientError:
             self.close()
             raise
-
-
-def read_file(source: Source, name: str, max_bytes: int) -> bytes:
-    """A small file as a whole; refused when it is larger than `max_bytes`, before memory is taken."""
-    stat = source.stat(name)
-    if stat.size > max_bytes:
-        raise CheckpointError(f"{source.address}/{name} has {stat.size} bytes; at most {max_bytes} are allowed")
-    content = bytearray(stat.size)
-    with PersistentReader(source, name, stat) as reader:
-        reader.read_into(0, memoryview(content))
-    return bytes(content)

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, raise_all
 from torchinfer.loader.header import quoted, shorten
 from torchinfer.loader.placement import Placement, dtype_name, expected_tensors
@@ -36,6 +37,7 @@ class MatrixName:
     shape: tuple[int, ...]
     layers: tuple[str, ...]  # the checkpoint's names, without ".weight"
     part_rows: tuple[int, ...]
+    is_reordered: bool  # the checkpoint has its rows in another order
 
 
 def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: torch.device) -> None:
@@ -44,20 +46,23 @@ def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: t
     Raises:
         ConfigError: with every name, pattern and shape that does not fit.
     """
+    for matrix, scheme in choose_schemes(model, request, device):
+        hold(model, matrix, scheme)
+    logger.info("%s", describe(model))
+
+
+def choose_schemes(
+    model: nn.Module, request: str | Mapping[str, str], device: torch.device
+) -> list[tuple[MatrixName, Scheme]]:
+    """The matrices that a request quantizes; raises as `quantize_model`."""
     patterns = {"*": request} if isinstance(request, str) else dict(request)
     raise_all(_unknown(patterns), ConfigError, "quantization")
     matrices = list(matrices_of(model))
     chosen, problems = _choose(matrices, patterns)
-    problems += [
-        f"{quoted(matrix.layers[0])} as {scheme.name}: {problem}"
-        for matrix, scheme in chosen
-        for problem in scheme.problems(matrix.part_rows, matrix.shape[-1])
-    ]
-    problems += _unsupported({scheme.values for _, scheme in chosen}, device)
+    problems += _misfits(chosen)
+    problems += unsupported({scheme.values for _, scheme in chosen}, device)
     raise_all(shorten(problems), ConfigError, f"quantization={request!r}")
-    for matrix, scheme in chosen:
-        hold(model, matrix, scheme)
-    logger.info("%s", describe(model))
+    return chosen
 
 
 def matrices_of(model: nn.Module) -> Iterator[MatrixName]:
@@ -69,7 +74,8 @@ def matrices_of(model: nn.Module) -> Iterator[MatrixName]:
             continue
         shape = tuple(owner.get_parameter(parameter.rpartition(".")[2]).shape)
         layers = tuple(name.removesuffix(".weight") for name in placements)
-        yield MatrixName(parameter, shape, layers, _part_rows(placements, shape[-2]))
+        is_reordered = any(placement.convert is not None for placement in placements.values())
+        yield MatrixName(parameter, shape, layers, _part_rows(placements, shape[-2]), is_reordered)
 
 
 def hold(model: nn.Module, matrix: MatrixName, scheme: Scheme, sources: tuple[Source, ...] = ()) -> None:
@@ -136,19 +142,22 @@ def _pattern_of(layer: str, patterns: Mapping[str, str]) -> str | None:
     return next((p for p in patterns if p == layer or (layer != HEAD and fnmatchcase(layer, p))), None)
 
 
-def _unsupported(dtypes: set[torch.dtype], device: torch.device) -> list[str]:
-    """The dtypes that this torch does not have on the device."""
+def _misfits(chosen: list[tuple[MatrixName, Scheme]]) -> list[str]:
+    """Why matrices cannot be held in their schemes; one line for all with the same reason."""
+    layers: dict[str, list[str]] = {}
+    for matrix, scheme in chosen:
+        for problem in scheme.problems(matrix.part_rows, matrix.shape[-1]):
+            layers.setdefault(f"as {scheme.name}: {problem}", []).append(matrix.layers[0])
     return [
-        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: use int8"
-        for dtype in sorted(dtypes, key=str)
-        if not has_dtype(dtype, device)
+        f"{quoted(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''} {reason}"
+        for reason, names in layers.items()
     ]
 
 
-def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether tensors of a dtype can be made and converted on a device."""
-    try:
-        torch.zeros(1, device=device).to(dtype).float()
-    except (RuntimeError, TypeError):
-        return False
-    return True
+def unsupported(dtypes: set[torch.dtype], device: torch.device, way_out: str = "use int8") -> list[str]:
+    """The dtypes that this torch does not have on the device, as problems."""
+    return [
+        f"{dtype_name(dtype)} does not work on {device.type} with torch {torch.__version__}: {way_out}"
+        for dtype in sorted(dtypes, key=str)
+        if not has_dtype(dtype, device)
+    ]

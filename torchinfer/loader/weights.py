@@ -23,9 +23,11 @@ from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import WHOLE, Placement, Shard, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
+from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
@@ -87,11 +89,12 @@ def load_model(
     *,
     options: LoadOptions = LoadOptions(),
     quantization: str | Mapping[str, str] | None = None,
+    smoothing: Smoothing | None = None,
     moe_mode: str = "dropless",
     moe_capacity_factor: float = 1.25,
     progress: bool = False,
 ) -> Decoder:
-    """Build the model of a config and fill it; `quantization` is what schemes.py says.
+    """Build the model of a config and fill it; `quantization` is what schemes.py says, `smoothing` fits to it.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model, with all that does not; or it cannot be read.
@@ -100,9 +103,16 @@ def load_model(
     """
     with torch.device("meta"):
         model = build_model(model_config, moe_mode, moe_capacity_factor)
+    if quantization is not None and checkpoint.quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization!r}: {checkpoint.address} comes quantized already (its quantization_config): "
+            "leave the option out, or take a checkpoint that is not quantized"
+        )
     if quantization is not None:
         quantize_model(model, quantization, device)
-    load_weights(model, checkpoint, dtype, device, progress, options)
+    elif checkpoint.quantization is not None:
+        checkpoint = hold_published(model, checkpoint, device)
+    load_weights(model, checkpoint, dtype, device, progress, options, smoothing=smoothing)
     return model.eval()
 
 
@@ -115,6 +125,7 @@ def load_weights(
     options: LoadOptions = LoadOptions(),
     shard: Shard = WHOLE,
     peers: Peers | None = None,
+    smoothing: Smoothing | None = None,
 ) -> LoadReport:
     """Give every parameter of a model (usually on meta) its values, on `device`; floats become `dtype`.
 
@@ -133,6 +144,8 @@ def load_weights(
     start = time.perf_counter()
     placements, problems = place(model, checkpoint.tensors, shard)
     raise_all(problems, CheckpointError, f"{checkpoint.address} does not fit {_architecture(checkpoint)}")
+    if smoothing is not None:
+        placements = smoothing.applied_to(placements)
     peers = find_peers(shard, peers)
     plan = _plan(checkpoint, placements, device, shard, options, peers)
     readers = _readers(checkpoint, plan, options, device)

@@ -38,6 +38,8 @@ HARMLESS_KEYS = frozenset(
     chunk_size_feed_forward problem_type finetuning_task prefix torchscript num_labels
     """.split()
 )
+# The loader's: how tensors come quantized.
+LOADER_KEYS = frozenset({"quantization_config", "compression_config"})
 
 
 class ConfigKeys:
@@ -49,7 +51,6 @@ class ConfigKeys:
         self.problems: list[str] = []
         self.unread: list[str] = []
         self._read: set[str] = set()
-        self._refuse_quantized()
 
     def has(self, name: str) -> bool:
         """The key is there and not null."""
@@ -154,17 +155,9 @@ class ConfigKeys:
             UnsupportedModelError: with every problem found since the keys were opened.
         """
         raise_all(self.problems, UnsupportedModelError, f"config.json of {self.architecture}")
-        unread = sorted({*self.raw, *self.unread} - self._read - HARMLESS_KEYS)
+        unread = sorted({*self.raw, *self.unread} - self._read - HARMLESS_KEYS - LOADER_KEYS)
         if unread:
             logger.warning("config.json: keys without effect here: %s", ", ".join(unread))
-
-    def _refuse_quantized(self) -> None:
-        settings = self.get("quantization_config")
-        if settings is not None:
-            method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
-            self.problems.append(
-                f"quantization_config with quant_method={method!r} is not supported yet; use unquantized weights"
-            )
 
 
 def read_windows(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.layers import Embedding, Linear
 from torchinfer.models.rope import Rope
@@ -49,8 +49,8 @@ class Decoder(nn.Module):
         self.CHECKPOINT = {name: target for name, target in checkpoint.items() if name not in unused}
         self.IGNORED = (*ignored, *unused)
 
-    def forward(self, batch: Batch, kv_caches: list[Tensor]) -> Tensor:
-        """Final hidden states [T, hidden] of a step; each kv_caches[layer], [2, P, page_size, K, D], is written."""
+    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
+        """Final hidden states [T, hidden] of a step; kv_caches[layer] is written."""
         rope = self.rope(batch)
         local_rope = rope if self.local_rope is None else self.local_rope(batch)
         x = self._embed(batch.tokens)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.models import llama
 from torchinfer.models.config import ModelConfig, RopeConfig
 from torchinfer.models.config_keys import ConfigKeys, read_windows
@@ -40,7 +40,7 @@ class Block(Layer):
         self.attention_output_norm = _norm(config) if is_sandwich else None
         self.mlp_output_norm = _norm(config) if is_sandwich else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         attended = self.attention(self.attention_norm(x), rope, kv_cache, batch)
         x = x + (attended if self.attention_output_norm is None else self.attention_output_norm(attended))

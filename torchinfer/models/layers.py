@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchinfer import kernels
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig
 from torchinfer.quantization.matrix import QuantizedMatrix
 
@@ -47,6 +47,9 @@ class Linear(Layer):
         """[N, in] -> [N, out]."""
         if isinstance(self.weight, nn.Parameter):
             return functional.linear(x, self.weight, self.bias)
+        bound = self.weight.scheme.input_bound
+        if bound is not None:
+            x = x.clamp(-bound, bound)
         product = kernels.quantized_matmul(x, self.weight())
         return product if self.bias is None else product + self.bias
 
@@ -106,12 +109,12 @@ class Attention(Layer):
         self.window = config.windows[layer]
         self.is_interleaved = config.rope.is_interleaved
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
         """[T, hidden] -> [T, hidden]; writes this step's keys and values into kv_cache."""
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
         query, key = self._rotate(query_key, rope)
-        kv_cache = kernels.write_kv_pages(key, value, kv_cache, batch.slot)
+        kernels.write_kv_pages(key, value, kv_cache, batch.slot)
         attended = kernels.paged_attention(
             query, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig, MoEConfig
 from torchinfer.models.config_keys import ConfigKeys, read_windows
 from torchinfer.models.decoder import Decoder
@@ -60,7 +60,7 @@ class Block(Layer):
         else:
             self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         x = x + self.attention(self.attention_norm(x), rope, kv_cache, batch)
         return x + self.mlp(self.mlp_norm(x), batch)

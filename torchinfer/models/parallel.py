@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.layers import MLP, Attention, Layer, LayerNorm
 
@@ -21,7 +21,7 @@ class Block(Layer):
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_epsilon) if has_mlp_norm else None
         self.is_parallel = config.norms_in_parallel > 0
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         normed = self.attention_norm(x)
         attended = self.attention(normed, rope, kv_cache, batch)

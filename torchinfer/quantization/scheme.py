@@ -12,8 +12,8 @@ from torch import Tensor
 from torchinfer.quantization.pack import pack
 from torchinfer.quantized_weight import QuantizedWeight
 
-# Sums of products of int8 beyond it may overflow int32.
-MAX_INT8_COLUMNS = (2**31 - 1) // 127**2
+# Sums of products of int8 beyond it may overflow int32; weights that come quantized reach -128.
+MAX_INT8_COLUMNS = (2**31 - 1) // 128**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Scheme:
     has_zero: bool = False
     has_group_index: bool = False
     has_input_scale: bool = False
+    input_bound: float | None = None  # inputs beyond it are cut off before they are rounded
 
     def tensors(self, rows: int, columns: int, num_parts: int = 1) -> dict[str, TensorSpec]:
         """The tensors of a matrix [rows, columns] that `num_parts` matrices were merged into."""
@@ -47,7 +48,8 @@ class Scheme:
             "scale": TensorSpec((-(-rows // self.row_block), groups), torch.float32, self.row_block),
         }
         if self.has_zero:
-            specs["zero"] = TensorSpec((rows, groups), torch.uint8)
+            zero = torch.int8 if self.values == torch.int8 else torch.uint8
+            specs["zero"] = TensorSpec((rows, groups), zero)
         if self.has_group_index:
             specs["group_index"] = TensorSpec((num_parts, columns), torch.int32, None)
         if self.has_input_scale:

@@ -15,12 +15,13 @@ Shape = tuple[int, ...]
 class Source:
     """A tensor of the checkpoint, beside or in place of `<layer>.weight`, and what it becomes.
 
-    Without `convert` it must have the shape of the part of the tensor that it fills. `convert` gets the whole tensor
-    and that shape; it is called on the host or the device, and never sees parts.
+    Without `convert` it must have the shape of the part of the tensor that it fills, and may be read in pieces.
+    `convert` gets the whole tensor and that shape, on the host or the device; ValueError says what is wrong with it.
     """
 
     suffix: str  # in place of ".weight": ".qweight", ".weight_scale"
     tensor: str  # of QuantizedMatrix: values, scale, zero, group_index or input_scale
     dtypes: tuple[torch.dtype, ...]
-    shape: Callable[[int, int], Shape] | None = None  # (outputs, inputs) of the layer -> the shape in the checkpoint
+    shapes: Callable[[int], tuple[Shape, ...]] | None = None  # outputs of the layer -> what the checkpoint may have
     convert: Callable[[Tensor, Shape], Tensor] | None = None
+    view: torch.dtype | None = None  # its bytes are numbers of this dtype

@@ -1,0 +1,165 @@
+"""Storage that hangs while a checkpoint is opened: another thread tries again, and not for ever."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchinfer.errors import CheckpointError
+from torchinfer.loader import Checkpoint
+from torchinfer.loader.retry import Stopped
+from torchinfer.loader.stall import StalledError, Trial, unless_stalled
+
+SHARDS = [f"model-{number}.safetensors" for number in range(40)]  # more than are read side by side
+WriteShards = Callable[..., Path]
+OnRead = Callable[[Callable[[int], object]], None]
+
+
+@pytest.fixture(autouse=True)
+def short_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchinfer.loader.stall.STALL_SECONDS", 0.2)
+
+
+@pytest.fixture
+def hang() -> Iterator[threading.Event]:
+    """What hanging calls wait for; set at the end, when all threads must end too."""
+    event = threading.Event()
+    yield event
+    event.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("header"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def folder(write_shards: WriteShards) -> Path:
+    return write_shards({shard: {f"x{number}": torch.full((4,), number)} for number, shard in enumerate(SHARDS)})
+
+
+def hang_in(patch: pytest.MonkeyPatch, name: str, hang: threading.Event, is_hanging: Callable[[Any], bool]) -> None:
+    """os.`name` waits for `hang` where `is_hanging(its first argument)`."""
+    whole = getattr(os, name)
+
+    def hanging(first: Any, *arguments: Any, **options: Any) -> Any:
+        if is_hanging(first):
+            hang.wait(60)
+        return whole(first, *arguments, **options)
+
+    patch.setattr(os, name, hanging)
+
+
+def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+@pytest.mark.parametrize("stalled", [1, 2, 3, 7], ids=["config", "index", "first header", "fifth header"])
+def test_a_read_that_hangs_once_is_tried_by_another_thread(
+    folder: Path, on_read: OnRead, hang: threading.Event, caplog: pytest.LogCaptureFixture, stalled: int
+) -> None:
+    expected = values(Checkpoint.open(folder))
+    on_read(lambda number: hang.wait(60) if number == stalled else None)
+    found = values(Checkpoint.open(folder))
+    assert "nothing came for 0.2 s; another thread tries again" in caplog.text
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_headers_that_hang_for_good_are_an_error_that_names_one(
+    folder: Path, on_read: OnRead, hang: threading.Event
+) -> None:
+    """After the time of one, not of one wave of readers after the other."""
+    numbers: list[int] = []
+
+    def action(number: int) -> None:
+        if number > 2:
+            numbers.append(number)
+            hang.wait(60)
+
+    on_read(action)
+    with pytest.raises(
+        StalledError,
+        match=r"cannot read the header of .*/model-\d+\.safetensors: nothing came for 0.2 s, 3 times; check",
+    ):
+        Checkpoint.open(folder)
+    assert len(numbers) < 3 * len(SHARDS)
+
+
+def test_a_configuration_that_hangs_is_an_error_at_once(folder: Path, on_read: OnRead, hang: threading.Event) -> None:
+    on_read(lambda number: hang.wait(60))
+    with pytest.raises(StalledError, match=r"cannot read .*/config\.json: nothing came for 0.2 s, 3 times"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "message"),
+    [
+        ("stat", "", "cannot open {folder}: nothing came"),
+        ("scandir", "", "cannot list {folder}: nothing came"),
+        ("stat", "config.json", "cannot read {folder}/config.json: nothing came"),
+        ("stat", SHARDS[5], f"cannot read the header of {{folder}}/{SHARDS[5]}: nothing came"),
+        ("open", SHARDS[5], f"cannot read the header of {{folder}}/{SHARDS[5]}: nothing came"),
+    ],
+)
+def test_calls_of_the_system_that_hang_are_given_up(
+    folder: Path, hang: threading.Event, monkeypatch: pytest.MonkeyPatch, call: str, path: str, message: str
+) -> None:
+    hang_in(monkeypatch, call, hang, lambda found: str(found) == str(folder / path))
+    with pytest.raises(StalledError, match=message.format(folder=folder)):
+        Checkpoint.open(folder)
+
+
+def test_a_tensor_that_hangs_is_an_error_that_names_it(folder: Path, on_read: OnRead, hang: threading.Event) -> None:
+    checkpoint = Checkpoint.open(folder)
+    on_read(lambda number: hang.wait(60))
+    with pytest.raises(CheckpointError, match=r"cannot read 'x3' of .*/model-3\.safetensors: nothing came for 0.2 s"):
+        checkpoint.read("x3")
+
+
+def test_bytes_that_come_slowly_are_no_stall(caplog: pytest.LogCaptureFixture) -> None:
+    def read(trial: Trial) -> str:
+        for _ in range(6):
+            time.sleep(0.05)
+            trial.count(1)
+        return "all of them"
+
+    assert unless_stalled("read slowly", read) == "all of them"
+    assert not caplog.text
+
+
+def test_what_a_call_raises_is_raised_here() -> None:
+    def fail(trial: Trial) -> None:
+        raise FileNotFoundError("config.json")
+
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        unless_stalled("read", fail)
+
+
+def test_a_thread_that_is_left_behind_is_told_to_stop(hang: threading.Event) -> None:
+    trials: list[Trial] = []
+    numbers = count()
+
+    def call(trial: Trial) -> int:
+        trials.append(trial)
+        number = next(numbers)
+        if number == 0:
+            hang.wait(60)
+        return number
+
+    assert unless_stalled("count", call) == 1
+    assert trials[0].attempts.stop.is_set() and trials[0] is not trials[1]
+
+
+def test_who_is_told_to_stop_does_not_wait(hang: threading.Event) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Stopped):
+        unless_stalled("wait", lambda trial: hang.wait(60), stop)

@@ -1,0 +1,1 @@
+"""Writing checkpoints: an unquantized one becomes a quantized one, shard by shard."""
