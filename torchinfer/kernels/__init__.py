@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("cpu",),
-    "rotary_embedding": (),
-    "gated_activation": (),
-    "write_kv_pages": ("tpu",),
-    "paged_attention": ("tpu",),
+    "rotary_embedding": ("cpu",),
+    "gated_activation": ("cpu",),
+    "write_kv_pages": ("cpu", "tpu"),
+    "paged_attention": ("cpu", "tpu"),
     "grouped_matmul": ("tpu",),
     "quantized_matmul": (),
     "dequantize": (),

@@ -5,8 +5,12 @@
 #include "types.h"
 #include "vector.h"
 //
+#include "activation.h"
+#include "attention.h"
 #include "linear.h"
 #include "rms_norm.h"
+#include "rotary.h"
+#include "write_kv.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
 
@@ -14,6 +18,10 @@ extern const Kernels table;
 const Kernels table = {
     rms_norm,
     linear,
+    attention,
+    write_kv,
+    rotary,
+    gated_activation,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL
