@@ -21,6 +21,7 @@ LIBRARY_VARIABLE = "TORCHINFER_CPU_LIBRARY"  # scripts/sanitize has one of its o
 PATH = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("libtorchinfer_cpu.so"))
 ISA_VARIABLE = "TORCHINFER_CPU_ISA"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in src/types.h
+CACHE_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}  # CacheDtype
 STATUS = {1: "a tensor is not aligned to its elements", 2: "a shape, dtype or size does not fit", 3: "no memory"}
 
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -34,6 +35,10 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "measure_read": (_POINTER, _INT64, _INT32, _INT64),
     "measure_products": (_INT32, _INT64),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
+    "attention": (_POINTER,),
+    "write_kv": (_POINTER,),
+    "rotary": (*(_POINTER,) * 4, *(_INT64,) * 5, _INT32, _INT32),
+    "gated_activation": (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32, _INT32),
 }
 
 
@@ -106,3 +111,13 @@ def require(is_fit: bool, rule: str, *tensors: Tensor) -> None:
     if not is_fit:
         found = ", ".join(f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}" for tensor in tensors)
         raise ValueError(f"{rule}; got {found}")
+
+
+def with_dense_rows(x: Tensor) -> Tensor:
+    """x, [T, ...], or a copy, so that only the rows, [...], are apart from each other."""
+    stride = 1
+    for size, actual in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):
+        if actual != stride and size != 1:
+            return x.contiguous()
+        stride *= size
+    return x

@@ -27,6 +27,47 @@ bool is_valid(const PackedWeight& weight) {
 }
 
 bool is_dtype(int32_t dtype) { return dtype >= kFloat32 && dtype <= kFloat16; }
+bool is_scaled(int32_t cache_dtype) { return cache_dtype == kInt8Cache || cache_dtype == kFp8Cache; }
+bool is_cache(int32_t cache_dtype, const float* scale) {
+    return is_scaled(cache_dtype) ? scale != nullptr : is_dtype(cache_dtype) && scale == nullptr;
+}
+int64_t cache_size_of(int32_t cache_dtype) { return is_scaled(cache_dtype) ? 1 : size_of(cache_dtype); }
+
+// Each row's tokens follow those of the row before and end its context, whose pages are all in the table and the cache.
+bool has_valid_rows(const Attention& task) {
+    if (task.rows < 0 || task.query_start[0] != 0 || task.query_start[task.rows] > task.tokens) return false;
+    for (int64_t row = 0; row < task.rows; ++row) {
+        const int64_t count = int64_t{task.query_start[row + 1]} - task.query_start[row];
+        if (count == 0) continue;
+        const int64_t length = task.kv_length[row], used = (length + task.page_size - 1) / task.page_size;
+        if (count < 0 || length < count || used > task.table_width) return false;
+        const int32_t* const table = task.page_table + row * task.table_width;
+        uint32_t last = 0;  // a negative page is a large number without its sign
+        for (int64_t page = 0; page < used; ++page) {
+            const uint32_t number = static_cast<uint32_t>(table[page]);
+            last = number > last ? number : last;
+        }
+        if (last >= task.pages) return false;
+    }
+    return true;
+}
+
+bool is_valid(const Attention& task) {
+    const bool has_sizes = task.tokens >= 0 && task.heads > 0 && task.kv_heads > 0 && task.head_size > 0 &&
+                           task.pages > 0 && task.page_size > 0 && task.table_width >= 0 && task.window >= 0;
+    const bool is_small = task.heads <= 4096 && task.head_size <= 1024 && task.pages <= INT32_MAX;
+    return has_sizes && is_small && task.heads % task.kv_heads == 0 && is_dtype(task.dtype) &&
+           is_cache(task.cache_dtype, task.scale) && has_valid_rows(task);
+}
+
+bool is_valid(const WriteKv& task) {
+    const bool has_sizes = task.tokens >= 0 && task.kv_heads > 0 && task.head_size > 0;
+    if (!has_sizes || !is_dtype(task.dtype) || !is_cache(task.cache_dtype, task.scale)) return false;
+    for (int64_t token = 0; token < task.tokens; ++token) {
+        if (task.slot[token] < 0 || task.slot[token] >= task.slots) return false;
+    }
+    return true;
+}
 
 }  // namespace
 
@@ -98,4 +139,60 @@ API int64_t torchinfer_cpu_measure_products(int32_t format, int64_t repeats) {
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
     return kernels().measure_products(threads, format, repeats);
+}
+
+API int32_t torchinfer_cpu_attention(const Attention* task) {
+    if (!is_aligned(task->query_start, 4) || !is_aligned(task->kv_length, 4) || !is_aligned(task->page_table, 4)) {
+        return kMisaligned;
+    }
+    if (!is_valid(*task)) return kBadArgument;
+    const int64_t size = size_of(task->dtype);
+    if (!is_aligned(task->query, size) || !is_aligned(task->result, size) || !is_aligned(task->scale, 4) ||
+        !is_aligned(task->cache, cache_size_of(task->cache_dtype))) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().attention(threads, *task);
+}
+
+API int32_t torchinfer_cpu_write_kv(const WriteKv* task) {
+    if (!is_aligned(task->slot, 4)) return kMisaligned;
+    if (!is_valid(*task)) return kBadArgument;
+    const int64_t size = size_of(task->dtype);
+    if (!is_aligned(task->key, size) || !is_aligned(task->value, size) || !is_aligned(task->scale, 4) ||
+        !is_aligned(task->cache, cache_size_of(task->cache_dtype))) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().write_kv(threads, *task);
+    return kOk;
+}
+
+API int32_t torchinfer_cpu_rotary(const void* x, void* y, const float* cosine, const float* sine, int64_t tokens,
+                                  int64_t heads, int64_t head_size, int64_t frequencies, int64_t stride,
+                                  int32_t is_interleaved, int32_t dtype) {
+    const bool has_sizes = tokens >= 0 && heads > 0 && frequencies >= 0 && 2 * frequencies <= head_size;
+    if (!is_dtype(dtype) || !has_sizes || head_size < 1) return kBadArgument;
+    const int64_t size = size_of(dtype);
+    if (!is_aligned(x, size) || !is_aligned(y, size) || !is_aligned(cosine, 4) || !is_aligned(sine, 4)) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().rotary(threads,
+                     {x, y, cosine, sine, tokens, heads, head_size, frequencies, stride, is_interleaved, dtype});
+    return kOk;
+}
+
+API int32_t torchinfer_cpu_gated_activation(const void* x, void* y, int64_t rows, int64_t columns, int64_t stride,
+                                            int32_t kind, int32_t dtype) {
+    if (!is_dtype(dtype) || rows < 0 || columns < 1 || kind < kSilu || kind > kGeluTanh) return kBadArgument;
+    const int64_t size = size_of(dtype);
+    if (!is_aligned(x, size) || !is_aligned(y, size)) return kMisaligned;
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().gated_activation(threads, {x, y, rows, columns, stride, kind, dtype});
+    return kOk;
 }

@@ -28,12 +28,60 @@ struct Linear {
     int32_t dtype;  // of x, y and bias
 };
 
+// A step's queries over the paged cache. batch.py describes the rows.
+struct Attention {
+    const void* query;   // [tokens, heads, head_size]; a token begins `stride` values after the one before
+    void* result;        // [tokens, heads, head_size], contiguous
+    const void* cache;   // [2, pages, page_size, kv_heads, head_size], contiguous
+    const float* scale;  // [2, pages, page_size, kv_heads]; null: the cache has none
+    const int32_t* query_start;  // [rows + 1]
+    const int32_t* kv_length;    // [rows]
+    const int32_t* page_table;   // [rows, table_width]
+    int64_t tokens, rows, heads, kv_heads, head_size, stride, pages, page_size, table_width;
+    int64_t window;    // 0: none
+    float score_scale, soft_cap;  // 0: none
+    int32_t dtype, cache_dtype;
+
+    int64_t cache_rows() const { return pages * page_size * kv_heads; }  // of the keys, and of the values
+};
+
+struct WriteKv {
+    const void* key;    // [tokens, kv_heads, head_size]
+    const void* value;  // as key
+    void* cache;        // as in Attention
+    float* scale;
+    const int32_t* slot;  // [tokens]
+    int64_t tokens, kv_heads, head_size, key_stride, value_stride, slots;
+    int32_t dtype, cache_dtype;
+};
+
+struct Rotary {
+    const void* x;  // [tokens, heads, head_size]; a token begins `stride` values after the one before
+    void* y;        // as x, contiguous
+    const float* cosine;  // [tokens, frequencies], contiguous
+    const float* sine;
+    int64_t tokens, heads, head_size, frequencies, stride;
+    int32_t is_interleaved, dtype;
+};
+
+enum ActivationKind : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+struct GatedActivation {
+    const void* x;  // [rows, 2 * columns]: gates, then what they are multiplied with
+    void* y;        // [rows, columns], contiguous
+    int64_t rows, columns, stride;
+    int32_t kind, dtype;
+};
+
 // One for each level; a new kernel is a new field here and a line in level.cpp.
 struct Kernels {
     void (*rms_norm)(Pool&, const RmsNorm&);
     int32_t (*linear)(Pool&, const Linear&);  // returns a Status
     float (*measure_read)(Pool&, const void* memory, int64_t bytes, int32_t streams, int64_t ahead);
     int64_t (*measure_products)(Pool&, int32_t format, int64_t repeats);
+    int32_t (*attention)(Pool&, const Attention&);  // returns a Status
+    void (*write_kv)(Pool&, const WriteKv&);
+    void (*rotary)(Pool&, const Rotary&);
+    void (*gated_activation)(Pool&, const GatedActivation&);
 };
 
 // The kernels of the best level that this machine runs, or of the one that was chosen.

@@ -5,9 +5,13 @@
 #include "types.h"
 #include "vector.h"
 //
+#include "activation.h"
+#include "attention.h"
 #include "linear.h"
 #include "measure.h"
 #include "rms_norm.h"
+#include "rotary.h"
+#include "write_kv.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
 
@@ -17,6 +21,10 @@ const Kernels table = {
     linear,
     measure_read,
     measure_products,
+    attention,
+    write_kv,
+    rotary,
+    gated_activation,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL

@@ -15,6 +15,7 @@ struct Half {
 
 // As kernels/cpu/library.py passes them.
 enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum CacheDtype : int32_t { kInt8Cache = 3, kFp8Cache = 4 };  // or a Dtype; these have scales
 enum Status : int32_t { kOk = 0, kMisaligned = 1, kBadArgument = 2, kNoMemory = 3 };
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -1,0 +1,206 @@
+// Bf16Attention and Int8Attention of attention_formats.h.
+#pragma once
+
+namespace torchinfer::TORCHINFER_LEVEL {
+namespace {
+
+inline __m512i word_of_all(const uint32_t* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+
+struct Bf16Op {
+    using Sum = F;
+    using Weight = __m512bh;
+    using Word = uint32_t;
+    using Number = float;
+    static F zero() { return zero_float(); }
+    static __m512bh weight(const uint32_t* p) { return (__m512bh)_mm512_load_si512(p); }
+    static __m512bh input(const uint32_t* p) { return (__m512bh)word_of_all(p); }
+    static F add_product(F sum, __m512bh weight, __m512bh input) { return {_mm512_dpbf16_ps(sum.v, weight, input)}; }
+};
+
+// Numbers d .. d + 31 of a row in bf16; zeros behind its end.
+inline __m512i load_32(const Bf16* p, int64_t count) {
+    if (count >= 32) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint32_t{1} << count) - 1), p);
+}
+inline __m512i load_32(const Fp8* p, int64_t count) {
+    const __mmask32 mask = static_cast<__mmask32>(count >= 32 ? ~uint32_t{0} : (uint32_t{1} << count) - 1);
+    const __m512i codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7),
+                                                   _mm512_castsi256_si512(_mm256_maskz_loadu_epi8(mask, p)));
+    const Fp8Tables tables = load_fp8_tables();
+    const __m512i upper = _mm512_permutex2var_epi8(tables.upper[0], codes, tables.upper[1]);
+    const __m512i lower = _mm512_permutex2var_epi8(tables.lower[0], codes, tables.lower[1]);
+    return _mm512_unpacklo_epi8(lower, _mm512_ternarylogic_epi32(upper, codes, _mm512_set1_epi8(-128), 0xf8));
+}
+
+template <class Cache>
+struct Bf16Attention {
+    using ScoreOp = Bf16Op;
+    using ValueOp = Bf16Op;
+    using Word = uint32_t;
+    using Number = float;
+    static constexpr int kPlanes = 1, kNumbersOfWord = 2;
+
+    static void put_query(const Bf16* query, int64_t size, uint32_t* words, int64_t, float*) {
+        for (int64_t d = 0; d < size; d += 32) _mm512_storeu_si512(words + d / 2, load_32(query + d, size - d));
+    }
+    static __m512i load_row(const TileRows& tile, int64_t key, int64_t d) {
+        if (!tile.has(key)) return _mm512_setzero_si512();
+        return load_32(reinterpret_cast<const Cache*>(tile.row(key)) + d, tile.size - d);
+    }
+    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys) {
+        for (int64_t key = 0; key < vectors * 16; key += 16) {
+            for (int64_t d = 0; d < tile.size; d += 32) {
+                __m512i rows[16];
+                for (int i = 0; i < 16; ++i) rows[i] = load_row(tile, key + i, d);
+                transpose(rows);
+                for (int i = 0; i < 16; ++i) _mm512_store_si512(keys + (d / 2 + i) * kTile + key, rows[i]);
+            }
+        }
+    }
+    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size) {
+        const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                               6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+        for (int64_t key = 0; key < vectors * 16; key += 2) {
+            uint32_t* const target = values + key / 2 * padded_size;
+            for (int64_t d = 0; d < tile.size; d += 32) {
+                const __m512i even = load_row(tile, key, d), odd = load_row(tile, key + 1, d);
+                _mm512_store_si512(target + d, _mm512_permutex2var_epi16(even, first, odd));
+                _mm512_store_si512(target + d + 16, _mm512_permutex2var_epi16(even, second, odd));
+            }
+        }
+    }
+    static F score(const float* products, const float*, int64_t vector) { return load(products + vector * 16); }
+    static F put_probabilities(F* p, const float* scale, int64_t vectors, uint32_t* words, float* row_scale) {
+        F total = zero_float();
+        for (int64_t v = 0; v < vectors; ++v) {
+            if (scale == nullptr) {
+                const __m256i half = (__m256i)_mm512_cvtneps_pbh(p[v].v);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + v * 8), half);
+                total = add(total, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))});
+            } else {
+                total = add(total, p[v]);
+                const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(p[v].v, _mm512_loadu_ps(scale + v * 16)));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + v * 8), half);
+            }
+        }
+        *row_scale = 1.0f;
+        return total;
+    }
+    static F weighted(const float* products, int64_t, int64_t d, F) { return load(products + d); }
+};
+
+struct KeyByteOp {  // unsigned keys times signed queries
+    using Sum = I;
+    using Weight = __m512i;
+    using Word = uint32_t;
+    using Number = int32_t;
+    static I zero() { return zero_int(); }
+    static __m512i weight(const uint32_t* p) { return _mm512_load_si512(p); }
+    static __m512i input(const uint32_t* p) { return word_of_all(p); }
+    static I add_product(I sum, __m512i weight, __m512i input) { return {_mm512_dpbusd_epi32(sum.v, weight, input)}; }
+};
+
+struct ValueByteOp : KeyByteOp {  // signed values times unsigned probabilities
+    static I add_product(I sum, __m512i weight, __m512i input) { return {_mm512_dpbusd_epi32(sum.v, input, weight)}; }
+};
+
+template <class Query>
+struct Int8Attention {
+    using ScoreOp = KeyByteOp;
+    using ValueOp = ValueByteOp;
+    using Word = uint32_t;
+    using Number = int32_t;
+    static constexpr int kPlanes = 2, kNumbersOfWord = 4;
+    static constexpr float kMostOfQuery = 127 * 128, kMostOfProbability = 65535;
+
+    // facts: scale of the row; 128 times the sums of both planes, which the keys' sign bit, turned, adds
+    static void put_query(const Query* query, int64_t size, uint32_t* words, int64_t row_words, float* facts) {
+        I most = zero_int();
+        for (int64_t d = 0; d < size; d += 16) most = max(most, bits_of_magnitude(load_some(query + d, size - d)));
+        const float largest_number = as_float(static_cast<uint32_t>(largest(most)));
+        const float scale = largest_number / kMostOfQuery;
+        const F factor = set(scale < 1e-30f ? 0.0f : 1.0f / scale);
+        I sums[2] = {zero_int(), zero_int()};
+        int8_t* const bytes = reinterpret_cast<int8_t*>(words);
+        for (int64_t d = 0; d < row_words * 4; d += 16) {
+            const F value = d < size ? load_some(query + d, size - d) : zero_float();
+            const I q = round_to_int(mul(value, factor)), upper = shift_right<7>(add(q, set(64)));
+            const I lower = sub(q, shift_left<7>(upper));
+            store_as_bytes(bytes + d, upper);
+            store_as_bytes(bytes + row_words * 4 + d, lower);
+            sums[0] = add(sums[0], upper), sums[1] = add(sums[1], lower);
+        }
+        facts[0] = scale;
+        facts[1] = 128.0f * static_cast<float>(sum(sums[0]));
+        facts[2] = 128.0f * static_cast<float>(sum(sums[1]));
+    }
+    static __m512i load_row(const TileRows& tile, int64_t key, int64_t d) {
+        if (!tile.has(key)) return _mm512_setzero_si512();
+        const uint8_t* const p = tile.row(key) + d;
+        const int64_t count = tile.size - d;
+        return count >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, p);
+    }
+    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys) {
+        const __m512i sign = _mm512_set1_epi8(-128);
+        for (int64_t key = 0; key < vectors * 16; key += 16) {
+            for (int64_t d = 0; d < tile.size; d += 64) {
+                __m512i rows[16];
+                for (int i = 0; i < 16; ++i) rows[i] = load_row(tile, key + i, d);
+                transpose(rows);
+                for (int i = 0; i < 16; ++i) {
+                    _mm512_store_si512(keys + (d / 4 + i) * kTile + key, _mm512_xor_si512(rows[i], sign));
+                }
+            }
+        }
+    }
+    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        for (int64_t key = 0; key < vectors * 16; key += 4) {
+            uint32_t* const target = values + key / 4 * padded_size;
+            for (int64_t d = 0; d < tile.size; d += 64) {
+                __m512i r[4];
+                for (int i = 0; i < 4; ++i) r[i] = _mm512_permutexvar_epi32(order, load_row(tile, key + i, d));
+                const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
+                const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), e = _mm512_unpackhi_epi8(r[2], r[3]);
+                _mm512_store_si512(target + d, _mm512_unpacklo_epi16(a, c));
+                _mm512_store_si512(target + d + 16, _mm512_unpackhi_epi16(a, c));
+                _mm512_store_si512(target + d + 32, _mm512_unpacklo_epi16(b, e));
+                _mm512_store_si512(target + d + 48, _mm512_unpackhi_epi16(b, e));
+            }
+        }
+    }
+    static F two_planes(const int32_t* products, int64_t apart, F first_offset, F second_offset, float base) {
+        const F upper = {_mm512_cvtepi32_ps(_mm512_loadu_si512(products))};
+        const F lower = {_mm512_cvtepi32_ps(_mm512_loadu_si512(products + apart))};
+        return fma(sub(upper, first_offset), set(base), sub(lower, second_offset));
+    }
+    static F score(const int32_t* products, const float* facts, int64_t vector) {
+        const F total = two_planes(products + vector * 16, kTile, set(facts[1]), set(facts[2]), 128.0f);
+        return mul(total, set(facts[0]));
+    }
+    static F put_probabilities(F* p, const float* scale, int64_t vectors, uint32_t* words, float* row_scale) {
+        F total = zero_float(), most = zero_float();
+        for (int64_t v = 0; v < vectors; ++v) {
+            total = add(total, p[v]);
+            p[v] = mul(p[v], load(scale + v * 16));
+            most = {_mm512_max_ps(most.v, p[v].v)};
+        }
+        const float largest_number = _mm512_reduce_max_ps(most.v);
+        *row_scale = largest_number / kMostOfProbability;
+        const F factor = set(largest_number < 1e-30f ? 0.0f : kMostOfProbability / largest_number);
+        uint8_t* const bytes = reinterpret_cast<uint8_t*>(words);
+        for (int64_t v = 0; v < vectors; ++v) {
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(p[v].v, factor.v));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + v * 16), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + kTile + v * 16), _mm512_cvtepi32_epi8(q));
+        }
+        return total;
+    }
+    static F weighted(const int32_t* products, int64_t padded_size, int64_t d, F row_scale) {
+        return mul(two_planes(products + d, padded_size, zero_float(), zero_float(), 256.0f), row_scale);
+    }
+};
+
+}  // namespace
+}  // namespace torchinfer::TORCHINFER_LEVEL

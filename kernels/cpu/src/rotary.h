@@ -1,0 +1,70 @@
+// Rotary position embedding: computed in float32, rounded once.
+#pragma once
+
+#include "isa.h"
+#include "pool.h"
+#include "vector.h"
+
+namespace torchinfer::TORCHINFER_LEVEL {
+namespace {
+
+constexpr int64_t kRotaryItemValues = 16384;
+
+inline F turned_first(F first, F second, F cosine, F sine) { return sub(mul(first, cosine), mul(second, sine)); }
+inline F turned_second(F first, F second, F cosine, F sine) { return fma(first, sine, mul(second, cosine)); }
+
+template <class T>
+inline void rotate_halves(const T* x, T* y, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t f = 0; f < half; f += 16) {
+        const int64_t count = half - f;
+        const F first = load_some(x + f, count), second = load_some(x + half + f, count);
+        const F c = load_some(cosine + f, count), s = load_some(sine + f, count);
+        store_some(y + f, turned_first(first, second, c, s), count);
+        store_some(y + half + f, turned_second(first, second, c, s), count);
+    }
+}
+
+template <class T>
+inline void rotate_pairs(const T* x, T* y, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t f = 0; f < half; f += 16) {
+        const int64_t count = half - f < 16 ? half - f : 16;
+        T first[16] = {}, second[16] = {};
+        for (int64_t i = 0; i < count; ++i) first[i] = x[2 * (f + i)], second[i] = x[2 * (f + i) + 1];
+        const F a = load(first), b = load(second), c = load_some(cosine + f, count), s = load_some(sine + f, count);
+        store(first, turned_first(a, b, c, s));
+        store(second, turned_second(a, b, c, s));
+        for (int64_t i = 0; i < count; ++i) y[2 * (f + i)] = first[i], y[2 * (f + i) + 1] = second[i];
+    }
+}
+
+template <class T>
+inline void rotate_token(const Rotary& task, int64_t token) {
+    const int64_t rotated = 2 * task.frequencies;
+    const float* const cosine = task.cosine + token * task.frequencies;
+    const float* const sine = task.sine + token * task.frequencies;
+    for (int64_t head = 0; head < task.heads; ++head) {
+        const T* const x = static_cast<const T*>(task.x) + token * task.stride + head * task.head_size;
+        T* const y = static_cast<T*>(task.y) + (token * task.heads + head) * task.head_size;
+        if (task.is_interleaved) {
+            rotate_pairs(x, y, cosine, sine, task.frequencies);
+        } else {
+            rotate_halves(x, y, cosine, sine, task.frequencies);
+        }
+        const auto bytes = static_cast<size_t>(task.head_size - rotated) * sizeof(T);
+        if (bytes > 0) __builtin_memcpy(y + rotated, x + rotated, bytes);
+    }
+}
+
+void rotary(Pool& threads, const Rotary& task) {
+    const int64_t at_once = 1 + kRotaryItemValues / (task.heads * task.head_size);
+    with_dtype(task.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        parallel_for(threads, (task.tokens + at_once - 1) / at_once, [&](int64_t item, int) {
+            const int64_t end = (item + 1) * at_once < task.tokens ? (item + 1) * at_once : task.tokens;
+            for (int64_t token = item * at_once; token < end; ++token) rotate_token<T>(task, token);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace torchinfer::TORCHINFER_LEVEL
