@@ -271,6 +271,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         model=arguments.model, quantization=quantization(arguments.scheme), **ENGINE.values(arguments)
     )
     from torchinfer.loader import LoadOptions
+    from torchinfer.writer.folder import partial_path
     from torchinfer.writer.quantize import quantize_checkpoint
 
     options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
@@ -285,7 +286,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
             progress=config.progress,
         )
     except KeyboardInterrupt:
-        print(f"\nwhat is complete is in {arguments.output}.partial; give the same command to go on", file=sys.stderr)
+        partial = partial_path(Path(arguments.output))
+        if partial.is_dir():
+            print(f"\nwhat is complete is in {partial}; give the same command to go on", file=sys.stderr)
         raise
     print(report)
     return 0
