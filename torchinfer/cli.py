@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torchinfer.cli_flags import ENGINE, SAMPLING, SERVER
+from torchinfer.cli_flags import ENGINE, SAMPLING, SCHEME_HELP, SERVER
 from torchinfer.config import EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
@@ -164,8 +164,7 @@ def _add_quantize(commands: Any) -> None:
         action="append",
         required=True,
         metavar="[PATTERN=]SCHEME",
-        help="int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, int4_g32, none; with a pattern such as "
-        "'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, the first that fits counts",
+        help=SCHEME_HELP,
     )
     names = ("calibration", "load_memory", "load_readers", "load_direct", "verify", "progress")
     ENGINE.add_to(parser, names)
