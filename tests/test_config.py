@@ -7,7 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from torchinfer import ConfigError, DeviceError, EngineConfig
+from torchinfer import ConfigError, DeviceError, EngineConfig, quantization
+from torchinfer.config import SCHEMES
 from torchinfer.device import resolve_device
 
 
@@ -58,6 +59,10 @@ def test_options_of_the_wrong_type_come_at_once_too() -> None:
     with pytest.raises(ConfigError) as error:
         EngineConfig(model=7, page_size=None, quantization=5)  # type: ignore[arg-type]
     assert str(error.value).count("\n  - ") == 3
+
+
+def test_the_schemes_that_help_names_are_those_that_there_are() -> None:
+    assert tuple(quantization.SCHEMES) == SCHEMES
 
 
 def test_cuda_that_is_not_there_is_refused() -> None:

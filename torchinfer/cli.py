@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torchinfer.cli_flags import ENGINE, SAMPLING, SERVER
+from torchinfer.cli_flags import ENGINE, SAMPLING, SCHEME_HELP, SERVER
 from torchinfer.config import EngineConfig
 from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
@@ -164,8 +164,7 @@ def _add_quantize(commands: Any) -> None:
         action="append",
         required=True,
         metavar="[PATTERN=]SCHEME",
-        help="int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, int4_g32, none; with a pattern such as "
-        "'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, the first that fits counts",
+        help=SCHEME_HELP,
     )
     names = ("calibration", "load_memory", "load_readers", "load_direct", "verify", "progress")
     ENGINE.add_to(parser, names)
@@ -271,6 +270,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         model=arguments.model, quantization=quantization(arguments.scheme), **ENGINE.values(arguments)
     )
     from torchinfer.loader import LoadOptions
+    from torchinfer.writer.folder import partial_path
     from torchinfer.writer.quantize import quantize_checkpoint
 
     options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
@@ -285,7 +285,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
             progress=config.progress,
         )
     except KeyboardInterrupt:
-        print(f"\nwhat is complete is in {arguments.output}.partial; give the same command to go on", file=sys.stderr)
+        partial = partial_path(Path(arguments.output))
+        if partial.is_dir():
+            print(f"\nwhat is complete is in {partial}; give the same command to go on", file=sys.stderr)
         raise
     print(report)
     return 0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torchinfer.config import DEVICES, DTYPES, KV_CACHE_DTYPES, MOE_MODES, EngineConfig
+from torchinfer.config import DEVICES, DTYPES, KV_CACHE_DTYPES, MOE_MODES, SCHEMES, EngineConfig
 from torchinfer.flags import FlagSet
 from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
+
+SCHEME_HELP = (
+    f"{', '.join(SCHEMES)}, none; with a pattern such as 'model.layers.*.mlp.*=int4' for the layers that it fits; "
+    "repeatable: the first pattern that fits counts, a scheme without one is for all others"
+)
 
 ENGINE = FlagSet(
     EngineConfig,
@@ -14,9 +19,7 @@ ENGINE = FlagSet(
         "model": "folder of a Hugging Face checkpoint",
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
         "dtype": "of weights and activations; auto: the checkpoint's",
-        "quantization": "weights, while they are loaded: int8, int8_w8a8, fp8, fp8_w8a8, fp8_block, int4, int4_g64, "
-        "int4_g32, none; with a pattern such as 'model.layers.*.mlp.*=int4' for the layers that it fits; repeatable, "
-        "the first that fits counts (default: as they are)",
+        "quantization": f"weights, while they are loaded: {SCHEME_HELP} (default: as they are)",
         "calibration": "text file, for int8_w8a8: the unquantized model is run over its beginning, and what is found "
         "evens out the channels that are rounded to int8",
         "max_model_len": "tokens of prompt and output together (default: the model's context)",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from torchinfer.cli import main
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint
 from torchinfer.loader.inspect import inspect
@@ -115,3 +116,23 @@ def test_a_tensor_of_zeros_is_no_reason_to_refuse(source: Path, tmp_path: Path) 
     quantize_checkpoint(source, tmp_path / "out", "int8")
     scale = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.mlp.up_proj.weight_scale"]
     assert torch.equal(scale, torch.ones_like(scale))
+
+
+def interrupt(*_arguments: object) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_tells_where_what_is_complete_lies(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(folders.os, "pwrite", interrupt)
+    assert main(["quantize", str(llama), f"{tmp_path}/out/", "--scheme", "int8"]) == 130
+    assert f"what is complete is in {tmp_path}/out.partial; give the same command" in capsys.readouterr().err
+
+
+def test_ctrl_c_promises_nothing_before_the_folder_is_there(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", interrupt)
+    assert main(["quantize", str(llama), f"{tmp_path}/out", "--scheme", "int8"]) == 130
+    assert capsys.readouterr().err == "\ntorchinfer: interrupted\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchinfer.config import DEVICES, DTYPES, Size
+from torchinfer.config import DEVICES, DTYPES, SCHEMES, Size
 from torchinfer.flags import FlagSet
 
 REFERENCE_DTYPES = ("float32", "float16")
@@ -48,7 +48,7 @@ EVALUATION = FlagSet(
     {
         "model": "folder of a Hugging Face checkpoint",
         "text": "file in UTF-8 that the model was not trained on",
-        "schemes": "weight schemes to compare",
+        "schemes": f"weight schemes to compare: none, {', '.join(SCHEMES)}",
         "kv": "dtypes of the KV cache to compare, each with each scheme; auto: the model's",
         "context": "tokens of a window (default: the model's context, at most 2048)",
         "stride": "tokens between the beginnings of two windows (default: windows share one token)",

@@ -28,6 +28,7 @@ from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
 from torchinfer.loader.smoothing import Smoothing
+from torchinfer.loader.source import Source
 from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
@@ -56,6 +57,18 @@ class LoadOptions:
                 "exchange=True and verify=True exclude each other: to verify, every process reads whole files; switch "
                 "one of them off"
             )
+
+    def reader_counts(self, source: Source) -> tuple[int, int]:
+        """How many read at first, and at most."""
+        first, most = FIRST_READERS, MOST_READERS
+        if source.is_network:
+            first, most = FIRST_NETWORK_READERS, MOST_NETWORK_READERS
+        return self.readers or first, self.readers or most
+
+    def direct_choice(self, source: Source, num_bytes: int) -> DirectChoice:
+        """Whether to read around the page cache, for a load of so many bytes."""
+        is_pointless = source.kind == "gs" or (self.direct is None and num_bytes < PROBE_BYTES)
+        return DirectChoice(False if is_pointless else self.direct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +212,7 @@ def _plan(
     is_network = checkpoint.source.is_network
     # On XLA pieces are copied once more on the way to the device, of one extent at a time.
     limit = options.memory // 2 if device.type == "xla" else options.memory
-    most = options.readers or (MOST_NETWORK_READERS if is_network else MOST_READERS)
-    first = options.readers or (FIRST_NETWORK_READERS if is_network else FIRST_READERS)
+    first, most = options.reader_counts(checkpoint.source)
     whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
     num_bytes = sum(checkpoint.tensors[name].num_bytes for name in placements)
     block = extent_bytes(is_network, limit, first + 1, num_bytes)
@@ -260,9 +272,6 @@ def _exchange(
 
 
 def _readers(checkpoint: Checkpoint, plan: _Plan, options: LoadOptions, device: torch.device) -> Readers:
-    direct = options.direct
-    if checkpoint.source.kind == "gs" or (direct is None and plan.num_bytes < PROBE_BYTES):
-        direct = False
     return Readers(
         source=checkpoint.source,
         stats=checkpoint.stats,
@@ -270,7 +279,7 @@ def _readers(checkpoint: Checkpoint, plan: _Plan, options: LoadOptions, device: 
         staging=Staging(plan.limit, device.type == "cuda"),
         place_of=lambda piece: None,
         count=ReaderCount(plan.first_readers, plan.most_readers),
-        direct=DirectChoice(direct),
+        direct=options.direct_choice(checkpoint.source, plan.num_bytes),
         checksums=Checksums(read_sums(checkpoint.source, checkpoint.stats)) if options.verify else None,
     )
 

@@ -35,6 +35,11 @@ ADVICE = {
 }
 
 
+def partial_path(output: Path) -> Path:
+    """Where OUT grows."""
+    return output.with_name(output.name + PARTIAL)
+
+
 class ShardFile:
     """A file on its way: under another name until `finish`. Give it up with `discard`."""
 
@@ -121,7 +126,7 @@ class PartialFolder:
 
     @property
     def path(self) -> Path:
-        return self.output.with_name(self.output.name + PARTIAL)
+        return partial_path(self.output)
 
     def has(self, file: FilePlan) -> bool:
         """Whether an earlier run has completed this file."""

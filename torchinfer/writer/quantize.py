@@ -36,15 +36,8 @@ from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.source import Source
 from torchinfer.loader.stall import Trial, read_file, unless_stalled
-from torchinfer.loader.tuning import DirectChoice, ReaderCount
-from torchinfer.loader.weights import (
-    FIRST_NETWORK_READERS,
-    FIRST_READERS,
-    MOST_NETWORK_READERS,
-    MOST_READERS,
-    PROBE_BYTES,
-    LoadOptions,
-)
+from torchinfer.loader.tuning import ReaderCount
+from torchinfer.loader.weights import LoadOptions
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.tokenizer_files import load_tokenizer
@@ -124,15 +117,7 @@ def quantize_checkpoint(
         run.write(progress)
         _write_small_files(checkpoint, files, section, copied, folder)
         folder.finish()
-    report = WriteReport(
-        seconds=time.perf_counter() - start,
-        read_bytes=run.num_bytes,
-        input_bytes=checkpoint.total_bytes,
-        output_bytes=sum(file.num_bytes for file in files),
-        num_files=len(files),
-        num_resumed_files=len(files) - len(missing),
-        peak_host_bytes=run.staging.peak,
-    )
+    report = _report(run, files, time.perf_counter() - start)
     logger.info("%s", report)
     return report
 
@@ -235,11 +220,6 @@ class _Run:
         """That are read."""
         return sum(extent.num_bytes for extent in self.extents)
 
-    @property
-    def first_readers(self) -> int:
-        is_network = self.checkpoint.source.is_network
-        return self.options.readers or (FIRST_NETWORK_READERS if is_network else FIRST_READERS)
-
     def write(self, progress: bool) -> None:
         """Write all files.
 
@@ -297,7 +277,8 @@ class _Run:
         checkpoint, limit = self.checkpoint, self.options.memory
         wanted = {name: self.placements[name] for name in self._file_of}
         num_bytes = sum(checkpoint.tensors[name].num_bytes for name in wanted)
-        length = extent_bytes(checkpoint.source.is_network, limit, self.first_readers, num_bytes)
+        first_readers, _ = self.options.reader_counts(checkpoint.source)
+        length = extent_bytes(checkpoint.source.is_network, limit, first_readers, num_bytes)
         whole_files = {name: checkpoint.stats[name].size for name in self._whole_files()}
         return plan_extents(wanted, checkpoint.tensors, length, whole_files)
 
@@ -308,10 +289,6 @@ class _Run:
 
     def _readers(self) -> Readers:
         checkpoint, options = self.checkpoint, self.options
-        most = MOST_NETWORK_READERS if checkpoint.source.is_network else MOST_READERS
-        direct = options.direct
-        if checkpoint.source.kind == "gs" or (direct is None and self.num_bytes < PROBE_BYTES):
-            direct = False
         stats = {name: checkpoint.stats[name] for name in self._whole_files()}
         return Readers(
             source=checkpoint.source,
@@ -319,10 +296,22 @@ class _Run:
             extents=deque(self.extents),
             staging=self.staging,
             place_of=lambda piece: None,
-            count=ReaderCount(self.first_readers, options.readers or most),
-            direct=DirectChoice(direct),
+            count=ReaderCount(*options.reader_counts(checkpoint.source)),
+            direct=options.direct_choice(checkpoint.source, self.num_bytes),
             checksums=Checksums(read_sums(checkpoint.source, stats)) if options.verify else None,
         )
+
+
+def _report(run: _Run, files: list[FilePlan], seconds: float) -> WriteReport:
+    return WriteReport(
+        seconds=seconds,
+        read_bytes=run.num_bytes,
+        input_bytes=run.checkpoint.total_bytes,
+        output_bytes=sum(file.num_bytes for file in files),
+        num_files=len(files),
+        num_resumed_files=len(files) - len(run.files),
+        peak_host_bytes=run.staging.peak,
+    )
 
 
 def _copied_files(checkpoint: Checkpoint) -> list[str]:

@@ -41,7 +41,7 @@ MERGED |= {"up_proj": "gate_up_proj", "w1": "w13", "w3": "w13"}
 ZERO_POINTS: dict[str, Check] = {".weight_zero_point": all_zeros, ".input_zero_point": all_zeros}
 # Scales of quantized keys and values, for caches of another dtype than ours.
 CACHE_SCALES = r".*\.self_attn\.([kvq]_scale|[kvq]_zero_point|[kv]_proj\.output_(scale|zero_point))"
-CACHE_NOTE = "kv_cache_scheme: its scales are not used; keys and values are cached in the model's dtype"
+CACHE_NOTE = "kv_cache_scheme: its scales are not used; keys and values are cached as kv_cache_dtype says"
 
 
 @dataclass(frozen=True, slots=True)
