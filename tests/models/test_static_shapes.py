@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from torchinfer import kernels
-from torchinfer.kernels.tpu.grouped_matmul import grouped_matmul
-from torchinfer.kernels.tpu.paged_attention import paged_attention
 from torchinfer.loader import Checkpoint, load_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.testing import PagedDriver, Row, assert_close, make_batch, save_random_checkpoint, tiny_config
@@ -20,8 +18,7 @@ def fresh_compiler():
 @pytest.fixture
 def static_kernels(monkeypatch):
     """The ports of XLA on the CPU."""
-    ports = {**kernels.load_ports("cpu"), "paged_attention": paged_attention, "grouped_matmul": grouped_matmul}
-    return lambda: monkeypatch.setitem(kernels._loaded, "cpu", ports)
+    return lambda: monkeypatch.setitem(kernels._loaded, "cpu", kernels.load_ports("xla"))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-dynamic", "gemma2", "gemma3", "gptj", "falcon-new", "qwen2-moe"])
