@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kMostRows = 1024;         // at once: a bound on the memory for planes
 constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into planes by the caller alone
-// A row of tiles' inputs and a block of weights must stay in a core's second cache.
-constexpr int64_t kCacheBytes = 512 << 10;
 
 // What is done with a tile's results. Other epilogues (residual, activation) have the same call.
 struct StoreWithBias {

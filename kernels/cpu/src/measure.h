@@ -47,7 +47,9 @@ float measure_read(Pool& threads, const void* memory, int64_t bytes, int32_t str
 template <class Format>
 float multiply_registers(Pool& threads, int64_t repeats) {
     constexpr int kVectors = Format::kVectors;
-    alignas(64) static const uint8_t memory[512] = {1, 2, 3};
+    alignas(64) static const uint8_t numbers[512] = {1, 2, 3};
+    const uint8_t* memory = numbers;
+    asm volatile("" : "+r"(memory));  // the compiler must not know that sums are equal, or it makes one of them
     float totals[1024] = {};
     parallel_for(threads, threads.num_threads(), [&](int64_t, int thread) {
         typename Format::Sum sums[kTileRows][kVectors];
@@ -58,7 +60,10 @@ float multiply_registers(Pool& threads, int64_t repeats) {
 #pragma GCC unroll 6
         for (int row = 0; row < kTileRows; ++row) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) sums[row][v] = Format::zero_sum();
+            for (int v = 0; v < kVectors; ++v) {
+                const typename Format::Input other = Format::load_input(memory + 8 * (row + 1));
+                sums[row][v] = Format::multiply(Format::zero_sum(), weights[v], other);
+            }
         }
         for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 6
