@@ -39,6 +39,8 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "write_kv": (_POINTER,),
     "rotary": (*(_POINTER,) * 4, *(_INT64,) * 5, _INT32, _INT32),
     "gated_activation": (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32, _INT32),
+    "attention_layer": (_POINTER,),
+    "mlp_layer": (_POINTER,),
 }
 
 

@@ -81,11 +81,17 @@ def paged_attention(
 
 
 def _require_fit(query: Tensor, kv_cache: KVCache, batch: Batch) -> None:
-    data, starts, lengths, table = kv_cache.data, batch.query_start, batch.kv_length, batch.page_table
+    data = kv_cache.data
     is_fit = query.ndim == 3 and query.is_cpu and data.ndim == 5 and data.shape[0] == 2
     is_fit = is_fit and data.shape[4] == query.shape[2] and data.shape[2] == batch.page_size
     require(is_fit, "paged_attention takes query [T, H, D] and a cache [2, P, page_size, K, D]", query, data)
     require_cache(kv_cache)
+    require_batch(batch)
+
+
+def require_batch(batch: Batch) -> None:
+    """Refuse rows that the library could not read."""
+    starts, lengths, table = batch.query_start, batch.kv_length, batch.page_table
     is_fit = starts.ndim == lengths.ndim == 1 and table.ndim == 2 and len(lengths) + 1 == len(starts)
     is_fit = is_fit and len(table) == len(lengths) and starts.dtype == lengths.dtype == table.dtype == torch.int32
     is_fit = is_fit and starts.is_contiguous() and lengths.is_contiguous() and table.is_contiguous()

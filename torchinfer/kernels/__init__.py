@@ -13,11 +13,13 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from torchinfer.batch import Batch, KVCache
 from torchinfer.errors import ConfigError
+from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "quantized_matmul": (),
     "dequantize": (),
 }
-PREPARING = ("cpu",)  # folders with a layout of their own for matrices: packed_weight.py
+PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
 
@@ -93,6 +95,25 @@ def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> Pr
     prepared: PreparedWeight | None
     prepared = importlib.import_module(f"torchinfer.kernels.{folder}.packed_weight").prepare(weight, may_overwrite)
     return prepared
+
+
+def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
+    """One call for half a layer, if the device has it: the same bits as its ops one by one."""
+    fused: FusedAttention | None = _fused("fuse_attention", parts)
+    return fused
+
+
+def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
+    """As `fuse_attention`, for the other half."""
+    fused: FusedMLP | None = _fused("fuse_mlp", parts)
+    return fused
+
+
+def _fused(name: str, parts: AttentionParts | MLPParts) -> Any:
+    folder = _find_folder(parts.norm.device.type)
+    if folder not in PREPARING:
+        return None
+    return getattr(importlib.import_module(f"torchinfer.kernels.{folder}.fused_layer"), name)(parts)
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:

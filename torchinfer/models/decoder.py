@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchinfer import kernels
 from torchinfer.batch import Batch, KVCache
+from torchinfer.models.block import Block
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.layers import Embedding, Linear, prepare_matrices
 from torchinfer.models.rope import Rope
@@ -74,7 +75,7 @@ class Decoder(nn.Module):
         return self.embedding.weight if self.prepared_head is None else self.prepared_head
 
     def prepare(self) -> None:
-        """Bring the matrices into the layout of the device's kernels; their parameters are gone then.
+        """Bring the matrices into the layout of the device's kernels; their parameters are gone then. Fuse what it can.
 
         One matrix at a time is copied. A table that is also the head is read by rows too, so that its layout is a copy
         that stays: of a model of 0.5 billion parameters with 150,000 tokens a quarter of its memory.
@@ -83,6 +84,9 @@ class Decoder(nn.Module):
             prepare_matrices(module)
         if self.head is None and self.prepared_head is None:
             self.prepared_head = kernels.prepare(self.embedding.weight.data)
+        for block in self.layers:
+            if isinstance(block, Block):
+                block.fuse()
 
     def num_parameters(self) -> int:
         """Numbers that the model has learned, in however many bits they are held and in whatever layout."""

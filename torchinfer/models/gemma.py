@@ -7,15 +7,14 @@ Source: transformers 4.57.6, modeling_gemma.py, modeling_gemma2.py, modeling_gem
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
-from torch import Tensor
-
-from torchinfer.batch import Batch, KVCache
 from torchinfer.models import llama
+from torchinfer.models.block import Block
 from torchinfer.models.config import ModelConfig, RopeConfig
 from torchinfer.models.config_keys import ConfigKeys, read_windows
 from torchinfer.models.decoder import Decoder
-from torchinfer.models.layers import Attention, GatedMLP, Layer, RMSNorm
+from torchinfer.models.layers import RMSNorm
 from torchinfer.models.rope import read_rope, rope_config, rope_settings
 from torchinfer.weight_map import Target
 
@@ -27,40 +26,18 @@ SANDWICH = {
 }
 
 
-class Block(Layer):
-    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma 2 and 3 also norm what is added."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = _norm(config)
-        self.attention = Attention(config, layer, NORM_OFFSET)
-        self.mlp_norm = _norm(config)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation)
-        is_sandwich = config.architecture != "GemmaForCausalLM"
-        self.attention_output_norm = _norm(config) if is_sandwich else None
-        self.mlp_output_norm = _norm(config) if is_sandwich else None
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        attended = self.attention(self.attention_norm(x), rope, kv_cache, batch)
-        x = x + (attended if self.attention_output_norm is None else self.attention_output_norm(attended))
-        fed = self.mlp(self.mlp_norm(x), batch)
-        return x + (fed if self.mlp_output_norm is None else self.mlp_output_norm(fed))
-
-
 class Model(Decoder):
     """A stack of `Block`s."""
 
     def __init__(self, config: ModelConfig) -> None:
         names: Mapping[str, Target] = llama.SKELETON | llama.MLP
-        if config.architecture != "GemmaForCausalLM":
+        is_sandwich = config.architecture != "GemmaForCausalLM"
+        if is_sandwich:
             names = {**names, **SANDWICH}
+        norm = RMSNorm(config.hidden_size, config.norm_epsilon, NORM_OFFSET)
+        block = partial(Block, norm_offset=NORM_OFFSET, is_sandwich=is_sandwich)
         scale = config.hidden_size**0.5
-        super().__init__(config, Block, _norm(config), names, llama.IGNORED, embedding_scale=scale)
-
-
-def _norm(config: ModelConfig) -> RMSNorm:
-    return RMSNorm(config.hidden_size, config.norm_epsilon, NORM_OFFSET)
+        super().__init__(config, block, norm, names, llama.IGNORED, embedding_scale=scale)
 
 
 def read_config(keys: ConfigKeys) -> ModelConfig:

@@ -46,6 +46,11 @@ class Linear(Layer):
         self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
 
+    @property
+    def prepared(self) -> PreparedWeight | None:
+        """What the device's kernels made of the matrix, if they did."""
+        return None if isinstance(self.weight, nn.Module | nn.Parameter) else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, in] -> [N, out]."""
         weight = self.weight

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
-
-from torchinfer.batch import Batch, KVCache
+from torchinfer.models.block import Block
 from torchinfer.models.config import ModelConfig, MoEConfig
 from torchinfer.models.config_keys import ConfigKeys, read_windows
 from torchinfer.models.decoder import Decoder
-from torchinfer.models.layers import Attention, GatedMLP, Layer, RMSNorm
-from torchinfer.models.moe import MoE
+from torchinfer.models.layers import RMSNorm
 from torchinfer.models.rope import extended_context, read_rope
 from torchinfer.weight_map import Target
 
@@ -44,26 +41,6 @@ MLP = {
     "model.layers.{layer}.mlp.down_proj.bias": Target("layers.{layer}.mlp.down.bias"),
 }
 IGNORED = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-
-
-class Block(Layer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp: Layer
-        if config.moe is not None and layer in config.moe.layers:
-            self.mlp = MoE(config.hidden_size, config.moe, config.activation)
-        else:
-            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, config.activation, config.mlp_bias)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        x = x + self.attention(self.attention_norm(x), rope, kv_cache, batch)
-        return x + self.mlp(self.mlp_norm(x), batch)
 
 
 class Model(Decoder):

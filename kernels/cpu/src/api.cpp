@@ -1,4 +1,5 @@
 // The library's C interface, all that is visible of it. Returns a Status; kernels/cpu/library.py has the prototypes.
+#include <initializer_list>
 #include <mutex>
 
 #include "isa.h"
@@ -55,16 +56,45 @@ bool has_valid_rows(const Attention& task) {
 bool is_valid(const Attention& task) {
     const bool has_sizes = task.tokens >= 0 && task.heads > 0 && task.kv_heads > 0 && task.head_size > 0 &&
                            task.pages > 0 && task.page_size > 0 && task.table_width >= 0 && task.window >= 0;
-    const bool is_small = task.heads <= 4096 && task.head_size <= 1024 && task.pages <= INT32_MAX;
+    const bool is_small = task.heads <= kMostHeads && task.head_size <= kMostHeadSize && task.pages <= INT32_MAX;
     return has_sizes && is_small && task.heads % task.kv_heads == 0 && is_dtype(task.dtype) &&
            is_cache(task.cache_dtype, task.scale) && has_valid_rows(task);
 }
 
+bool are_slots(const int32_t* slot, int64_t tokens, int64_t slots) {
+    for (int64_t token = 0; token < tokens; ++token) {
+        if (slot[token] < 0 || slot[token] >= slots) return false;
+    }
+    return true;
+}
+
 bool is_valid(const WriteKv& task) {
     const bool has_sizes = task.tokens >= 0 && task.kv_heads > 0 && task.head_size > 0;
-    if (!has_sizes || !is_dtype(task.dtype) || !is_cache(task.cache_dtype, task.scale)) return false;
-    for (int64_t token = 0; token < task.tokens; ++token) {
-        if (task.slot[token] < 0 || task.slot[token] >= task.slots) return false;
+    return has_sizes && is_dtype(task.dtype) && is_cache(task.cache_dtype, task.scale) &&
+           are_slots(task.slot, task.tokens, task.slots);
+}
+
+bool is_matrix(const PackedWeight* weight, int64_t outputs, int64_t inputs) {
+    return is_valid(*weight) && weight->num_experts == 1 && weight->outputs == outputs && weight->inputs == inputs;
+}
+
+bool is_valid(const AttentionLayer& task) {
+    const int64_t hidden = task.qkv->inputs;
+    return is_valid(task.attention(nullptr, nullptr)) && is_matrix(task.qkv, task.qkv_size(), hidden) &&
+           is_matrix(task.output, hidden, task.query_size()) && task.frequencies >= 0 &&
+           2 * task.frequencies <= task.head_size &&
+           are_slots(task.step->slot, task.step->tokens, task.pages * task.step->page_size);
+}
+
+bool is_valid(const MlpLayer& task) {
+    const int64_t hidden = task.gate_up->inputs, inner = task.down->inputs;
+    return is_dtype(task.dtype) && task.tokens >= 0 && is_matrix(task.gate_up, 2 * inner, hidden) &&
+           is_matrix(task.down, hidden, inner) && task.kind >= kSilu && task.kind <= kGeluTanh;
+}
+
+bool are_aligned(std::initializer_list<const void*> pointers, int64_t alignment) {
+    for (const void* pointer : pointers) {
+        if (!is_aligned(pointer, alignment)) return false;
     }
     return true;
 }
@@ -195,4 +225,33 @@ API int32_t torchinfer_cpu_gated_activation(const void* x, void* y, int64_t rows
     std::lock_guard<std::mutex> guard(threads.use);
     kernels().gated_activation(threads, {x, y, rows, columns, stride, kind, dtype});
     return kOk;
+}
+
+API int32_t torchinfer_cpu_attention_layer(const AttentionLayer* task) {
+    const Step& step = *task->step;
+    if (!are_aligned({step.slot, step.query_start, step.kv_length, step.page_table}, 4)) return kMisaligned;
+    if (!is_valid(*task)) return kBadArgument;
+    if (!are_aligned({task->x, task->y, task->qkv_bias, task->output_bias, task->norm, task->query_norm, task->key_norm,
+                      task->output_norm},
+                     size_of(task->dtype)) ||
+        !are_aligned({task->cosine, task->sine, task->scale}, 4) ||
+        !are_aligned({task->qkv->values, task->output->values}, 64) ||
+        !is_aligned(task->cache, cache_size_of(task->cache_dtype))) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().attention_layer(threads, *task);
+}
+
+API int32_t torchinfer_cpu_mlp_layer(const MlpLayer* task) {
+    if (!is_valid(*task)) return kBadArgument;
+    if (!are_aligned({task->x, task->y, task->gate_up_bias, task->down_bias, task->norm, task->output_norm},
+                     size_of(task->dtype)) ||
+        !are_aligned({task->gate_up->values, task->down->values}, 64)) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().mlp_layer(threads, *task);
 }

@@ -17,7 +17,7 @@ struct RmsNorm {
     int32_t dtype;
 };
 
-// y = x times the transposed matrix, plus bias. With group_sizes each run of rows has its own matrix.
+// y = x times the transposed matrix, plus bias, plus residual. With group_sizes each run of rows has its own matrix.
 struct Linear {
     const PackedWeight* weight;
     const void* x;  // [rows, inputs]; a row begins `stride` values after the one before
@@ -25,8 +25,11 @@ struct Linear {
     const void* bias;            // [outputs], or null
     const int32_t* group_sizes;  // [experts], their sum is `rows`; null: there is one matrix
     int64_t rows, stride;
-    int32_t dtype;  // of x, y and bias
+    int32_t dtype;  // of x, y, bias and residual
+    const void* residual = nullptr;  // [rows, outputs], contiguous, or null
 };
+
+constexpr int64_t kMostHeads = 4096, kMostHeadSize = 1024;
 
 // A step's queries over the paged cache. batch.py describes the rows.
 struct Attention {
@@ -72,6 +75,53 @@ struct GatedActivation {
     int32_t kind, dtype;
 };
 
+// What a step's layers have in common. batch.py describes the rows.
+struct Step {
+    const int32_t* slot;         // [tokens]
+    const int32_t* query_start;  // [rows + 1]
+    const int32_t* kv_length;    // [rows]
+    const int32_t* page_table;   // [rows, table_width]
+    int64_t tokens, rows, table_width, page_size;
+};
+
+// y = x + output_norm(output(attention(qkv(norm(x))))); norms and biases that are null are left out.
+struct AttentionLayer {
+    const Step* step;
+    const void* x;  // [tokens, hidden], contiguous
+    void* y;        // as x, elsewhere
+    const float* cosine;  // [tokens, frequencies], contiguous
+    const float* sine;
+    void* cache;  // as in Attention
+    float* scale;
+    int64_t frequencies, pages;
+    // What the layer always has.
+    const PackedWeight *qkv, *output;
+    const void *qkv_bias, *output_bias, *norm, *query_norm, *key_norm, *output_norm;
+    int64_t heads, kv_heads, head_size, window;
+    float score_scale, soft_cap, epsilon, offset;
+    int32_t is_interleaved, dtype, cache_dtype;
+
+    int64_t query_size() const { return heads * head_size; }
+    int64_t qkv_size() const { return (heads + 2 * kv_heads) * head_size; }
+    Attention attention(const void* query, void* result) const {
+        const Step& s = *step;
+        return {query, result, cache, scale, s.query_start, s.kv_length, s.page_table,
+                s.tokens, s.rows, heads, kv_heads, head_size, query_size(), pages, s.page_size, s.table_width,
+                window, score_scale, soft_cap, dtype, cache_dtype};
+    }
+};
+
+// y = x + output_norm(down(activation(gate) * up)), gate and up being gate_up(norm(x)).
+struct MlpLayer {
+    const void* x;  // [tokens, hidden], contiguous
+    void* y;        // as x, elsewhere
+    int64_t tokens;
+    const PackedWeight *gate_up, *down;
+    const void *gate_up_bias, *down_bias, *norm, *output_norm;
+    float epsilon, offset;
+    int32_t kind, dtype;
+};
+
 // One for each level; a new kernel is a new field here and a line in level.cpp.
 struct Kernels {
     void (*rms_norm)(Pool&, const RmsNorm&);
@@ -82,6 +132,8 @@ struct Kernels {
     void (*write_kv)(Pool&, const WriteKv&);
     void (*rotary)(Pool&, const Rotary&);
     void (*gated_activation)(Pool&, const GatedActivation&);
+    int32_t (*attention_layer)(Pool&, const AttentionLayer&);  // returns a Status
+    int32_t (*mlp_layer)(Pool&, const MlpLayer&);              // returns a Status
 };
 
 // The kernels of the best level that this machine runs, or of the one that was chosen.

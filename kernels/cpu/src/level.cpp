@@ -7,6 +7,7 @@
 //
 #include "activation.h"
 #include "attention.h"
+#include "layer.h"
 #include "linear.h"
 #include "measure.h"
 #include "rms_norm.h"
@@ -25,6 +26,8 @@ const Kernels table = {
     write_kv,
     rotary,
     gated_activation,
+    attention_layer,
+    mlp_layer,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL

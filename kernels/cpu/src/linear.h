@@ -11,10 +11,11 @@ namespace {
 constexpr int64_t kMostRows = 1024;         // at once: a bound on the memory for planes
 constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into planes by the caller alone
 
-// What is done with a tile's results. Other epilogues (residual, activation) have the same call.
-struct StoreWithBias {
+// What is done with a tile's results.
+struct Store {
     void* y;
-    const void* bias;  // [outputs] in y's dtype, or null
+    const void* bias;      // [outputs] in y's dtype, or null
+    const void* residual;  // as y, or null: added to what would be stored without it
     int64_t outputs;
     int32_t dtype;
 
@@ -28,6 +29,10 @@ struct StoreWithBias {
                     F value = load(result + i * kBlock + output);
                     if (bias != nullptr) {
                         value = add(value, load_some(static_cast<const T*>(bias) + first + output, count - output));
+                    }
+                    if (residual != nullptr) {
+                        const T* const other = static_cast<const T*>(residual) + (row + i) * outputs + first + output;
+                        value = add(load_some(other, count - output), rounded(value, other));
                     }
                     store_some(place + output, value, count - output);
                 }
@@ -213,7 +218,7 @@ int32_t linear_passes(Pool& threads, const Linear& task, const Epilogue& epilogu
 
 template <class Format>
 int32_t linear_format(Pool& threads, const Linear& task) {
-    const StoreWithBias epilogue = {task.y, task.bias, task.weight->outputs, task.dtype};
+    const Store epilogue = {task.y, task.bias, task.residual, task.weight->outputs, task.dtype};
     constexpr bool kHasPlanes = Format::kIsInteger || (kHasBf16Products && Format::kStep == 2);
     if constexpr (kHasPlanes) {
         // Rounded inputs are whole numbers or e4m3fn, which bf16 holds: one plane.

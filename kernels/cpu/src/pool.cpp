@@ -118,7 +118,8 @@ Pool::~Pool() {
     }
     wake_.notify_all();
     for (std::thread& worker : workers_) worker.join();
-    std::free(scratch_);
+    std::free(scratch_.bytes);
+    std::free(activations_.bytes);
 }
 
 int Pool::num_threads() const { return static_cast<int>(workers_.size()) + 1; }
@@ -144,17 +145,17 @@ void Pool::run(Work work, void* context, int64_t num_items) {
     while (num_done_.load(std::memory_order_acquire) < num_items) relax();
 }
 
-void* Pool::scratch(int64_t num_bytes) {
-    if (num_bytes > scratch_bytes_) {
-        std::free(scratch_);
-        scratch_bytes_ = (num_bytes + num_bytes / 2 + kLargePage - 1) / kLargePage * kLargePage;
-        scratch_ = std::aligned_alloc(kLargePage, static_cast<size_t>(scratch_bytes_));
-        if (scratch_ == nullptr) scratch_bytes_ = 0;
+void* Pool::grown(Memory& memory, int64_t num_bytes) {
+    if (num_bytes > memory.size) {
+        std::free(memory.bytes);
+        memory.size = (num_bytes + num_bytes / 2 + kLargePage - 1) / kLargePage * kLargePage;
+        memory.bytes = std::aligned_alloc(kLargePage, static_cast<size_t>(memory.size));
+        if (memory.bytes == nullptr) memory.size = 0;
 #if defined(__linux__)
-        if (scratch_ != nullptr) madvise(scratch_, static_cast<size_t>(scratch_bytes_), MADV_HUGEPAGE);
+        if (memory.bytes != nullptr) madvise(memory.bytes, static_cast<size_t>(memory.size), MADV_HUGEPAGE);
 #endif
     }
-    return scratch_;
+    return memory.bytes;
 }
 
 void Pool::work_on(uint32_t epoch, int thread) {

@@ -28,7 +28,9 @@ class Pool {
     void run(Work work, void* context, int64_t num_items);
 
     // At least this many bytes, aligned to a cache line, for the holder of `use`. Contents do not last. Grows only.
-    void* scratch(int64_t num_bytes);
+    void* scratch(int64_t num_bytes) { return grown(scratch_, num_bytes); }
+    // The same for what goes from one kernel to the next, where a call runs several.
+    void* activations(int64_t num_bytes) { return grown(activations_, num_bytes); }
 
     // Held while an op runs: jobs of several Python threads come one after the other.
     std::mutex use;
@@ -37,6 +39,12 @@ class Pool {
     void work_on(uint32_t epoch, int thread);
     void loop(int thread, bool is_pinned);
     uint32_t wait_for_job(uint32_t seen);
+
+    struct Memory {
+        void* bytes = nullptr;
+        int64_t size = 0;
+    };
+    void* grown(Memory& memory, int64_t num_bytes);
 
     // Number of the job in the upper half, the next item in the lower one: an item is claimed only of the job that
     // the claimer looked at, however late it comes. An odd number: a job that is being written.
@@ -52,8 +60,7 @@ class Pool {
     std::condition_variable wake_;
     std::vector<std::thread> workers_;
 
-    void* scratch_ = nullptr;
-    int64_t scratch_bytes_ = 0;
+    Memory scratch_, activations_;
 };
 
 // The process's pool, made at the first call; a forked child makes its own.

@@ -37,21 +37,32 @@ inline void rotate_pairs(const T* x, T* y, const float* cosine, const float* sin
     }
 }
 
+// Of one position.
+struct Angles {
+    const float *cosine, *sine;
+    int64_t frequencies;
+    bool is_interleaved;
+};
+
+template <class T>
+inline void rotate_head(const T* x, T* y, int64_t size, const Angles& angles) {
+    const int64_t rotated = 2 * angles.frequencies;
+    if (angles.is_interleaved) {
+        rotate_pairs(x, y, angles.cosine, angles.sine, angles.frequencies);
+    } else {
+        rotate_halves(x, y, angles.cosine, angles.sine, angles.frequencies);
+    }
+    const auto bytes = static_cast<size_t>(size - rotated) * sizeof(T);
+    if (bytes > 0) __builtin_memcpy(y + rotated, x + rotated, bytes);
+}
+
 template <class T>
 inline void rotate_token(const Rotary& task, int64_t token) {
-    const int64_t rotated = 2 * task.frequencies;
-    const float* const cosine = task.cosine + token * task.frequencies;
-    const float* const sine = task.sine + token * task.frequencies;
+    const Angles angles = {task.cosine + token * task.frequencies, task.sine + token * task.frequencies,
+                           task.frequencies, task.is_interleaved != 0};
     for (int64_t head = 0; head < task.heads; ++head) {
         const T* const x = static_cast<const T*>(task.x) + token * task.stride + head * task.head_size;
-        T* const y = static_cast<T*>(task.y) + (token * task.heads + head) * task.head_size;
-        if (task.is_interleaved) {
-            rotate_pairs(x, y, cosine, sine, task.frequencies);
-        } else {
-            rotate_halves(x, y, cosine, sine, task.frequencies);
-        }
-        const auto bytes = static_cast<size_t>(task.head_size - rotated) * sizeof(T);
-        if (bytes > 0) __builtin_memcpy(y + rotated, x + rotated, bytes);
+        rotate_head(x, static_cast<T*>(task.y) + (token * task.heads + head) * task.head_size, task.head_size, angles);
     }
 }
 
