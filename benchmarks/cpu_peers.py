@@ -5,9 +5,9 @@
     python benchmarks/cpu_peers.py --work /tmp/peers --model qwen2-0.5b --peers --tasks b1 b8
 
 The same random weights in each format, two threads, greedy, prompts of ids. Each engine loads once and waits
-in a process of its own while the others are measured; they take turns in each round, and medians are told. The ceiling
-of decoding one request is the best read bandwidth, measured in each round too, over the bytes of weights that a token
-needs. The last line is JSON.
+in a process of its own while the others are measured; they take turns in each round, and medians are told. The limit of
+decoding one request is the read bandwidth, measured just before, over the bytes of weights that a token needs. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cpu_peers_setup as prepared
-from cpu_linear import measure_ceilings
+from cpu_linear import read_bandwidth
 from loading_plot import plot_bars
 
 WORKER = Path(__file__).with_name("cpu_peers_worker.py")
@@ -94,11 +94,16 @@ class Case:
 def cases(work: Path, model: str, peers: list[str], bits: list[int]) -> list[Case]:
     """Ours first; everything that they need is made here."""
     source, own = prepared.checkpoint(work, model), Path(sys.executable)
+    is_tied = prepared.MODELS[model]["tie_word_embeddings"]  # then the head stays as it is
+
+    def head(scheme: str) -> dict[str, str]:
+        return {} if is_tied else {"head": scheme}  # llama.cpp and OpenVINO quantize it too
+
     found = [
         Case("torchinfer", "bf16", 16, own, source),
-        Case("torchinfer", "int8", 8, own, source, {"quantization": "int8"}),
+        Case("torchinfer", "int8", 8, own, source, {"quantization": "int8"} | head("int8")),
         Case("torchinfer", "int8_w8a8", 8, own, source, {"quantization": "int8_w8a8"}),
-        Case("torchinfer", "int4", 4, own, source, {"quantization": "int4"}),
+        Case("torchinfer", "int4", 4, own, source, {"quantization": "int4"} | head("int4")),
     ]
     makers: dict[str, Callable[[], list[Case]]] = {
         "llama.cpp": lambda: [
@@ -123,23 +128,26 @@ def cases(work: Path, model: str, peers: list[str], bits: list[int]) -> list[Cas
 
 
 def run(chosen: list[Case], tasks: list[str], rounds: int, vocab_size: int) -> float:
-    """Measure; returns the best read bandwidth of all rounds, bytes a second."""
-    bandwidth = 0.0
+    """Measure; returns the median of the read bandwidth, bytes a second."""
+    bandwidths = []
     with ExitStack() as stack:
         for case in chosen:
             stack.callback(case.stop)
             case.start()
             print(f"{case.name}: loaded in {case.load['load_seconds']:.1f} s", file=sys.stderr, flush=True)
         for number in range(rounds + 1):
-            bandwidth = max(bandwidth, measure_ceilings(int(THREADS)).read)
             for task in tasks:
                 for case in chosen:
+                    bandwidth = read_bandwidth()
                     found = case.measure({**TASKS[task], "vocab_size": vocab_size})
+                    bandwidths.append(bandwidth)
+                    if "decode" in found and "token_bytes" in case.load:
+                        found["of_limit"] = found["decode"] * case.load["token_bytes"] / bandwidth
                     if number > 0:  # the first one warms up
                         case.results.setdefault(task, []).append(found)
                     brief = ", ".join(f"{key} {found[key]:.1f}" for key in ("prefill", "decode") if key in found)
                     print(f"round {number}: {task} {case.name}: {brief}", file=sys.stderr, flush=True)
-    return bandwidth
+    return statistics.median(bandwidths)
 
 
 def report(chosen: list[Case], tasks: list[str], bandwidth: float) -> list[dict[str, Any]]:
@@ -153,8 +161,7 @@ def report(chosen: list[Case], tasks: list[str], bandwidth: float) -> list[dict[
     for case in chosen:
         values = {task: case.median(task, key) for task, key in columns}
         rss = max(result["peak_rss"] for results in case.results.values() for result in results)
-        limit = bandwidth / case.load["token_bytes"] if "token_bytes" in case.load else None
-        fraction = values["b1"] / limit if limit and values.get("b1") else None
+        fraction = case.median("b1", "of_limit")
         cells = "".join(f"{'' if value is None else format(value, '.1f'):>10}" for value in values.values())
         share = "" if fraction is None else format(fraction, ".2f")
         print(f"{case.name:24}{cells}{share:>10}{case.load['load_seconds']:8.1f}{rss / 1e6:8.0f}")

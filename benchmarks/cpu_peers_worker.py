@@ -40,7 +40,7 @@ class Torchinfer:
         config = EngineConfig(
             model=model,
             device="cpu",
-            quantization=options.get("quantization"),
+            quantization=quantization(options),
             kv_cache_dtype=options.get("kv_cache", "auto"),
             kv_cache_memory=int(options.get("cache_bytes", 2 << 30)),
             max_num_batched_tokens=int(options.get("batched_tokens", 512)),
@@ -63,6 +63,12 @@ class Torchinfer:
             for event in self._engine.step():
                 times[event.request_id] += [time.perf_counter()] * len(event.token_ids)
         return list(times.values())
+
+
+def quantization(options: dict[str, str]) -> str | dict[str, str] | None:
+    """`head`: the scheme of the head, which is left as it is otherwise."""
+    scheme = options.get("quantization")
+    return {"lm_head": options["head"], "*": scheme} if scheme and "head" in options else scheme
 
 
 class LlamaCpp:

@@ -115,7 +115,9 @@ int32_t put_output(Pool& threads, const Layer& task, const PackedWeight& weight,
     const int32_t status =
         linear(threads, {&weight, input, product, bias, nullptr, tokens, weight.inputs, task.dtype, nullptr});
     if (status != kOk) return status;
-    rms_norm(threads, {product, task.output_norm, normed, tokens, hidden, hidden, task.epsilon, task.offset, task.dtype});
+    const RmsNorm norm = {product, task.output_norm, normed,      tokens,    hidden,
+                          hidden,  task.epsilon,     task.offset, task.dtype};
+    rms_norm(threads, norm);
     add_values(threads, task.x, normed, task.y, tokens * hidden, task.dtype);
     return kOk;
 }

@@ -9,6 +9,9 @@ namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
 constexpr int64_t kMostRows = 1024;         // at once: a bound on the memory for planes
+constexpr int64_t kTilesAtOnce = 8;         // use a chunk one after the other
+constexpr int64_t kFewTiles = 2;            // wait for memory; more of them compute longer than a chunk takes to come
+constexpr int64_t kManySteps = 512;         // of a chunk then: a block must not fill the second cache
 constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into planes by the caller alone
 
 // What is done with a tile's results.
@@ -137,39 +140,79 @@ class Pass {
         tile.vectors = num_outputs < kBlock ? (num_outputs + 15) / 16 : kBlock / 16;
         // Threads claim items in turn, so the next one of this thread is most likely that.
         const uint8_t* const next = values_of(item + num_threads_);
-        const int64_t num_tiles = (segment.rows + kRows - 1) / kRows;
-        for (int64_t index = 0; index < num_tiles; ++index) {
-            const int64_t row = segment.first + index * kRows;
-            const int64_t rows = segment.first + segment.rows - row < kRows ? segment.first + segment.rows - row : kRows;
-            tile.inputs = scratch_.inputs + row * kPlanes * row_bytes_;
-            tile.sums = scratch_.sums + row * kPlanes * groups_;
-            tile.row_scale = scratch_.row_scale + row;
-            tile.prefetch = plan_prefetch(tile.values, next, index, num_tiles);
-            alignas(64) float result[kRows * kBlock];
-            compute_rows<kRows>(rows, tile, result);
-            epilogue_(result, first_row_ + row, rows, block);
+        const int64_t end = segment.first + segment.rows;
+        for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
+            compute_tiles(tile, block, row, end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows, next);
         }
+    }
+
+    // Chunk by chunk, so that the tiles after the first find the weights in the first cache.
+    void compute_tiles(Tile tile, int64_t block, int64_t first_row, int64_t num_rows, const uint8_t* next) const {
+        alignas(64) float results[kTilesAtOnce][kRows * kBlock];
+        alignas(64) char carried[kTilesAtOnce][kRows * kPlanes * kBlock * 4];
+        const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
+        Chunk chunk = {0, 0, 0, 0};
+        while (next_chunk(tile, num_tiles, chunk)) {
+            for (int64_t index = 0; index < num_tiles; ++index) {
+                const int64_t row = first_row + index * kRows;
+                tile.inputs = scratch_.inputs + row * kPlanes * row_bytes_;
+                tile.sums = scratch_.sums + row * kPlanes * groups_;
+                tile.row_scale = scratch_.row_scale + row;
+                tile.prefetch = plan_prefetch(tile, chunk, next, index, num_tiles);
+                compute_rows<kRows>(rows_of(num_rows, index), tile, chunk, carried[index], results[index]);
+            }
+        }
+        for (int64_t index = 0; index < num_tiles; ++index) {
+            epilogue_(results[index], first_row_ + first_row + index * kRows, rows_of(num_rows, index), block);
+        }
+    }
+
+    static int64_t rows_of(int64_t num_rows, int64_t index) {
+        return num_rows - index * kRows < kRows ? num_rows - index * kRows : kRows;
+    }
+
+    // False after the last one. A tile that is alone takes all at once.
+    static bool next_chunk(const Tile& tile, int64_t num_tiles, Chunk& chunk) {
+        const int64_t several = num_tiles <= kFewTiles ? kChunkSteps : kManySteps;
+        const int64_t at_once = num_tiles == 1 ? tile.groups * tile.steps : several;
+        if (chunk.step_end < tile.steps && chunk.group_end > 0) {
+            chunk.step = chunk.step_end;
+        } else {
+            if (chunk.group_end == tile.groups) return false;
+            const int64_t groups = at_once / tile.steps > 1 ? at_once / tile.steps : 1;
+            chunk.group = chunk.group_end, chunk.step = 0;
+            chunk.group_end = chunk.group + groups < tile.groups ? chunk.group + groups : tile.groups;
+        }
+        // Only a single group is cut: sums of several would have to be kept.
+        const int64_t steps = tile.groups == 1 ? at_once : tile.steps;
+        chunk.step_end = chunk.step + steps < tile.steps ? chunk.step + steps : tile.steps;
+        return true;
     }
 
     // A block that is used once is fetched shortly before its use; where it is used by several tiles, these fetch the
-    // next block meanwhile, each a part of it, so that memory is busy while they compute.
-    Prefetch plan_prefetch(const uint8_t* values, const uint8_t* next, int64_t index, int64_t num_tiles) const {
+    // next chunk meanwhile, each a part of it, so that memory is busy while they compute.
+    Prefetch plan_prefetch(const Tile& tile, const Chunk& chunk, const uint8_t* next, int64_t index,
+                           int64_t num_tiles) const {
         constexpr int kBurst = kStepsAtOnce * Format::kStepBytes / kLine;
         const int64_t ahead = kPrefetchAhead < block_bytes_ ? kPrefetchAhead : block_bytes_;
-        if (num_tiles == 1) return {values + ahead, values + block_bytes_, next, kBurst};
-        if (next == nullptr) return {nullptr, nullptr, nullptr, 0};
-        const int64_t part = round_up((block_bytes_ + num_tiles - 1) / num_tiles, kLine);
+        if (num_tiles == 1) return {tile.values + ahead, tile.values + block_bytes_, next, kBurst, true};
+        const int64_t steps = (chunk.group_end - chunk.group - 1) * tile.steps + chunk.step_end - chunk.step;
+        const int64_t done = (chunk.group_end - 1) * tile.steps + chunk.step_end, bytes = steps * Format::kStepBytes;
+        const bool is_last = done == tile.groups * tile.steps;
+        const uint8_t* const start = is_last ? next : tile.values + done * Format::kStepBytes;
+        if (start == nullptr) return {nullptr, nullptr, nullptr, 0, false};
+        const int64_t part = round_up((bytes + num_tiles - 1) / num_tiles, kLine);
         const int lines = static_cast<int>((kBurst + num_tiles - 1) / num_tiles);
-        const int64_t end = (index + 1) * part < block_bytes_ ? (index + 1) * part : block_bytes_;
-        return {next + index * part, next + end, nullptr, lines};
+        const int64_t end = (index + 1) * part < bytes ? (index + 1) * part : bytes;
+        return {start + index * part, start + end, nullptr, lines, false};
     }
 
     template <int kCount>
-    static void compute_rows(int64_t rows, const Tile& tile, float* result) {
+    static void compute_rows(int64_t rows, const Tile& tile, const Chunk& chunk, char* carried, float* result) {
         if constexpr (kCount > 1) {
-            if (rows < kCount) return compute_rows<kCount - 1>(rows, tile, result);
+            if (rows < kCount) return compute_rows<kCount - 1>(rows, tile, chunk, carried, result);
         }
-        compute_tile<Format, kPlanes, kCount>(tile, result);
+        compute_tile<Format, kPlanes, kCount>(tile, chunk, carried, result);
     }
 
     const Linear& task_;

@@ -11,12 +11,15 @@ namespace {
 
 constexpr int64_t kLine = 64;
 constexpr int kStepsAtOnce = 4;            // between two bursts of prefetches
-constexpr int64_t kPrefetchAhead = 8192;   // bytes, where each byte of a block is used once
+constexpr int64_t kChunkSteps = 64;        // 16 KiB of weights stay in the first cache while several tiles use them
+constexpr int64_t kPrefetchAhead = 4096;   // bytes, where each byte of a block is used once
 
-// What a tile brings into the cache for later: lines from `at` to `end`, then from `then` on.
+// What a tile brings into the cache for later: lines from `at` to `end`, then from `then` on. What is used once passes
+// by the second cache, what is used again goes there.
 struct Prefetch {
     const uint8_t *at, *end, *then;
     int lines;  // in a burst
+    bool is_used_once;
 
     void burst() {
         for (int line = 0; line < lines; ++line) {
@@ -25,10 +28,19 @@ struct Prefetch {
                 at = then, then = nullptr;
                 end = at + (int64_t{1} << 40);
             }
-            __builtin_prefetch(at, 0, 2);
+            if (is_used_once) {
+                __builtin_prefetch(at, 0, 0);
+            } else {
+                __builtin_prefetch(at, 0, 2);
+            }
             at += kLine;
         }
     }
+};
+
+// Of each group from `group` on the steps from `step` on: whole groups, or a part of the only one.
+struct Chunk {
+    int64_t group, group_end, step, step_end;
 };
 
 struct Tile {
@@ -161,20 +173,16 @@ inline F combine(const Tile&, const F* planes, int64_t, const int32_t*, int) {
     return value;
 }
 
-// kVectors vectors of outputs, from `vector` on, of a group: the inner loop.
+// kVectors vectors of outputs, from `vector` on, over some steps: the inner loop.
 template <class Format, int kLanes>
-inline void sum_group(const Tile& tile, int64_t group, int vector, const typename Format::Tables& tables,
-                      Prefetch& prefetch, typename Format::Sum (&sums)[kLanes][Format::kVectors]) {
+inline void sum_steps(const uint8_t* values, const uint8_t* inputs, int64_t steps, int vector,
+                      const typename Format::Tables& tables, Prefetch& prefetch,
+                      typename Format::Sum (&sums)[kLanes][Format::kVectors]) {
     constexpr int kVectors = Format::kVectors;
-    const uint8_t* values = tile.values + group * tile.steps * Format::kStepBytes;
-    const uint8_t* inputs = tile.inputs + group * tile.steps * kLanes * Format::kLaneBytes;
-    for (auto& row : sums) {
-        for (auto& sum : row) sum = Format::zero_sum();
-    }
     int64_t step = 0;
-    while (step < tile.steps) {
+    while (step < steps) {
         prefetch.burst();
-        const int64_t end = step + kStepsAtOnce < tile.steps ? step + kStepsAtOnce : tile.steps;
+        const int64_t end = step + kStepsAtOnce < steps ? step + kStepsAtOnce : steps;
         for (; step < end; ++step) {
             typename Format::Weight weights[kVectors];
             Format::load_step(values, vector, tables, weights);
@@ -190,16 +198,53 @@ inline void sum_group(const Tile& tile, int64_t group, int vector, const typenam
     }
 }
 
-// result: [kRows][64]; what belongs to vectors of padding is left.
-template <class Format, int kPlanes, int kRows>
-void compute_tile(const Tile& tile, float* result) {
+template <class Format, int kLanes>
+inline void copy_sums(const typename Format::Sum (&from)[kLanes][Format::kVectors],
+                      typename Format::Sum (&to)[kLanes][Format::kVectors]) {
+#pragma GCC unroll 6
+    for (int lane = 0; lane < kLanes; ++lane) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Format::kVectors; ++v) to[lane][v] = from[lane][v];
+    }
+}
+
+// The same, added to sums in memory. Not inline: among the rest of a tile GCC would keep some of the sums there.
+template <class Format, int kLanes>
+__attribute__((noinline)) void add_steps(const uint8_t* values, const uint8_t* inputs, int64_t steps, int vector,
+                                         Prefetch& prefetch,
+                                         typename Format::Sum (&carried)[kLanes][Format::kVectors]) {
+    typename Format::Sum sums[kLanes][Format::kVectors];
+    copy_sums<Format, kLanes>(carried, sums);
+    sum_steps<Format, kLanes>(values, inputs, steps, vector, Format::tables(), prefetch, sums);
+    copy_sums<Format, kLanes>(sums, carried);
+}
+
+// With one group of inputs their sums go from chunk to chunk in `carried`; with several a chunk has whole groups.
+// In one function, or GCC keeps some of the sums of a group in memory.
+template <class Format, int kPlanes, int kRows, bool kHasGroups>
+void compute_chunk(const Tile& tile, const Chunk& chunk, char* carried, float* result) {
     constexpr int kLanes = kRows * kPlanes, kVectors = Format::kVectors;
+    using Sums = typename Format::Sum[kLanes][kVectors];
     const typename Format::Tables tables = Format::tables();
     Prefetch prefetch = tile.prefetch;
     for (int vector = 0; vector < tile.vectors; vector += kVectors) {
-        for (int64_t group = 0; group < tile.groups; ++group) {
-            typename Format::Sum sums[kLanes][kVectors];
-            sum_group<Format, kLanes>(tile, group, vector, tables, prefetch, sums);
+        for (int64_t group = chunk.group; group < chunk.group_end; ++group) {
+            Sums sums;
+            const int64_t first = group * tile.steps + chunk.step, steps = chunk.step_end - chunk.step;
+            const uint8_t* const values = tile.values + first * Format::kStepBytes;
+            const uint8_t* const inputs = tile.inputs + first * kLanes * Format::kLaneBytes;
+            if constexpr (kHasGroups) {
+                for (auto& row : sums) {
+                    for (auto& sum : row) sum = Format::zero_sum();
+                }
+                sum_steps<Format, kLanes>(values, inputs, steps, vector, tables, prefetch, sums);
+            } else {
+                Sums& kept = reinterpret_cast<Sums*>(carried)[vector / kVectors];
+                if (chunk.step == 0) __builtin_memset(&kept, 0, sizeof(kept));
+                add_steps<Format, kLanes>(values, inputs, steps, vector, prefetch, kept);
+                if (chunk.step_end < tile.steps) continue;
+                copy_sums<Format, kLanes>(kept, sums);
+            }
 #pragma GCC unroll 6
             for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -214,17 +259,27 @@ void compute_tile(const Tile& tile, float* result) {
                         continue;
                     }
                     const F scale = load(tile.scale + group * kBlock + (vector + v) * 16);
-                    if (tile.groups == 1) {
-                        // In this order, as the reference does it.
-                        store(place, mul(mul(value, set(tile.row_scale[row])), scale));
-                    } else {
+                    if constexpr (kHasGroups) {
                         const F before = group == 0 ? zero_float() : load(place);
                         value = fma(value, scale, before);
                         store(place, group + 1 < tile.groups ? value : mul(value, set(tile.row_scale[row])));
+                    } else {
+                        // In this order, as the reference does it.
+                        store(place, mul(mul(value, set(tile.row_scale[row])), scale));
                     }
                 }
             }
         }
+    }
+}
+
+// result: [kRows][64]; what belongs to vectors of padding is left.
+template <class Format, int kPlanes, int kRows>
+void compute_tile(const Tile& tile, const Chunk& chunk, char* carried, float* result) {
+    if (tile.groups > 1) {
+        compute_chunk<Format, kPlanes, kRows, true>(tile, chunk, carried, result);
+    } else {
+        compute_chunk<Format, kPlanes, kRows, false>(tile, chunk, carried, result);
     }
 }
 
