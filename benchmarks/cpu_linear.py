@@ -85,7 +85,7 @@ def median_seconds(call: Callable[[], Any]) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of the best of two patterns over large pages, measured at once: it changes from moment to moment."""
+    """Bytes a second, of the best of two patterns over large pages: it changes from moment to moment."""
     memory, opened = fresh_memory(READ_BYTES), library.loaded()
     calls = [partial(opened.torchinfer_cpu_measure_read, memory.data_ptr(), READ_BYTES, n, 0) for n in (1, 4)]
     return max(READ_BYTES / median_seconds(call) for call in calls)
