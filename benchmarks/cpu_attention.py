@@ -1,22 +1,26 @@
-"""Attention of the CPU library: bytes of the cache that it reads per second, beside what the memory gives.
+"""Attention of the CPU library against what the machine allows: bytes of the cache that it reads per second beside the
+read bandwidth, and products per second beside their peak.
 
-    python benchmarks/cpu_attention.py
+    python benchmarks/cpu_attention.py                              # decode and prefill, all shapes
+    python benchmarks/cpu_attention.py --shapes 32x4x64 --rows 1 --contexts 8192 --prefills ""
 
-Each case in turn, and the read bandwidth between them: decode over bf16 and int8 caches at several contexts, with one
-request and with eight, and a chunk of a prompt; the reference (torch's attention) beside it. Many layers' caches are
-read one after the other, as in a model, so that none is left in the processor's cache. Ends with a line of JSON.
+First the ceilings, as benchmarks/cpu_linear.py measures them. Then each case over bf16 and int8 caches in turn, and the
+reference (torch's attention) beside it. Caches lie in large pages, as the engine's do; those of many layers are read
+one after the other, as in a model, so that none is left in the processor's cache. Medians; the last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from cpu_linear import Ceilings, fresh_memory, measure_ceilings
 from torch import Tensor
 
 from torchinfer.batch import Batch, KVCache
@@ -26,69 +30,113 @@ from torchinfer.kernels.reference.paged_attention import paged_attention as refe
 from torchinfer.testing import Row, make_batch
 
 PAGE_SIZE = 16
-SHAPES = [(32, 4, 64), (32, 8, 128)]  # query heads, KV heads, head size
-CONTEXTS = [512, 2048, 8192]
-READ_BYTES = 2**29  # that a measurement reads at least
+SHAPES = "32x4x64,32x8x128,14x2x64"  # query heads, KV heads, head size: Llama 1.1B, Llama 3 8B, Qwen2 0.5B
+CONTEXTS, ROWS, PREFILLS = "128,512,2048,8192,16384", "1,8,32", "512,4096"
+READ_BYTES = 2**28  # that a measurement reads at least
+MOST_BYTES = 2**31  # of a case's cache: larger ones are passed over
+DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8}
+PRODUCTS, PLANES = {"bf16": 1, "int8": 2}, {"bf16": 1, "int8": 2}  # unit of products, passes over a bfloat16 query
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--contexts", default=CONTEXTS)
+    parser.add_argument("--rows", default=ROWS)
+    parser.add_argument("--prefills", default=PREFILLS)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
-    opened = library.loaded()
+    parser.add_argument("--no-reference", action="store_true", help="leave out torch's attention, which takes long")
+    args = parser.parse_args()
+    threads = library.loaded().torchinfer_cpu_num_threads()
+    level = library.loaded().torchinfer_cpu_level().decode()
+    print(f"{level}, {threads} threads, torch {torch.__version__}")
+    ceilings = measure_ceilings(threads)
+    ports = {"ours": paged_attention} if args.no_reference else {"ours": paged_attention, "reference": reference}
     results: list[dict[str, Any]] = []
-    source = torch.ones(2**26, dtype=torch.int64)
-    for shape in SHAPES:
-        for num_rows in (1, 8):
-            for context in CONTEXTS:
-                results.append(decode(shape, num_rows, context, repeats, source))
-                print(line(results[-1]), flush=True)
-        results.append(prefill(shape, 512, repeats))
-        print(results[-1], flush=True)
-    level, threads = opened.torchinfer_cpu_level().decode(), opened.torchinfer_cpu_num_threads()
-    print(json.dumps({"level": level, "threads": threads, "results": results}))
+    for name in args.shapes.split(","):
+        shape = tuple(int(size) for size in name.split("x"))
+        for rows in numbers(args.rows):
+            for context in numbers(args.contexts):
+                results += decode(shape, rows, context, args.repeats, ceilings, ports)
+        for tokens in numbers(args.prefills):
+            results += prefill(shape, tokens, args.repeats, ceilings, ports)
+    print(json.dumps({"level": level, "threads": threads, "read": ceilings.read, "results": results}))
 
 
-def decode(shape: tuple[int, int, int], num_rows: int, context: int, repeats: int, source: Tensor) -> dict[str, Any]:
-    """Medians, in turn, of bandwidth, bf16, int8 and the reference over bf16."""
-    rows = [(1, context - 1)] * num_rows
-    bf16 = Case(shape, rows, torch.bfloat16)
-    int8 = Case(shape, rows, torch.int8)
-    seconds: dict[str, list[float]] = {"read": [], "bf16": [], "int8": [], "reference": []}
-    for _ in range(repeats):
-        seconds["read"].append(timed(source.sum) / (source.numel() * 8))
-        seconds["bf16"].append(bf16.seconds(paged_attention))
-        seconds["int8"].append(int8.seconds(paged_attention))
-        seconds["reference"].append(bf16.seconds(reference))
-    bandwidth = 1 / min(seconds["read"])  # the best: what the memory can give
-    found: dict[str, Any] = {"shape": shape, "rows": num_rows, "context": context, "gb_per_second": bandwidth / 1e9}
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, case in (("bf16", bf16), ("int8", int8)):
-        found[f"{name}_us"] = middle[name] * 1e6
-        found[f"{name}_fraction_of_bandwidth"] = case.num_bytes / middle[name] / bandwidth
-    found["int8_against_bf16"] = middle["bf16"] / middle["int8"]
-    found["bf16_against_reference"] = middle["reference"] / middle["bf16"]
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def decode(
+    shape: tuple[int, ...],
+    num_rows: int,
+    context: int,
+    repeats: int,
+    ceilings: Ceilings,
+    ports: dict[str, Callable[..., Tensor]],
+) -> list[dict[str, Any]]:
+    """Rows of one token each."""
+    if 4 * num_rows * context * shape[1] * shape[2] > MOST_BYTES:
+        return []
+    cases = {name: Case(shape, [(1, context - 1)] * num_rows, dtype) for name, dtype in DTYPES.items()}
+    seconds = measure(cases, repeats, ports)
+    found: list[dict[str, Any]] = []
+    for name, case in cases.items():
+        ours, num_products = seconds[name, "ours"], 2 * num_rows * context * shape[0] * shape[2]
+        of_read = case.num_bytes / ours / ceilings.read
+        of_peak = 2 * num_products * PLANES[name] / ours / ceilings.products[PRODUCTS[name]]
+        text = f"{ours * 1e6:9.1f} us, {of_read:4.2f} of reading, {of_peak:4.2f} of the peak"
+        key = {"shape": shape, "rows": num_rows, "context": context, "cache": name, "seconds": ours}
+        found.append({**key, "of_read": round(of_read, 3), "of_peak": round(of_peak, 3)})
+        report(f"{shape} {num_rows:2} x {context:5} {name}: {text}", found[-1], name, seconds)
     return found
 
 
-def prefill(shape: tuple[int, int, int], num_tokens: int, repeats: int) -> dict[str, Any]:
-    """A prompt's first chunk."""
-    found: dict[str, Any] = {"shape": shape, "prefill": num_tokens}
-    num_products = 2 * shape[0] * shape[2] * num_tokens * (num_tokens + 1) // 2
-    for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8)):
-        case = Case(shape, [(num_tokens, 0)], dtype)
-        seconds = [case.seconds(paged_attention) for _ in range(repeats)]
-        other = [case.seconds(reference) for _ in range(repeats)]
-        found[f"{name}_ms"] = statistics.median(seconds) * 1e3
-        found[f"{name}_gflops"] = 2 * num_products / statistics.median(seconds) / 1e9
-        found[f"{name}_against_reference"] = statistics.median(other) / statistics.median(seconds)
+def prefill(
+    shape: tuple[int, ...], num_tokens: int, repeats: int, ceilings: Ceilings, ports: dict[str, Callable[..., Tensor]]
+) -> list[dict[str, Any]]:
+    """A prompt in one step: products that the mask leaves."""
+    cases = {name: Case(shape, [(num_tokens, 0)], dtype) for name, dtype in DTYPES.items()}
+    seconds = measure(cases, repeats, ports)
+    found: list[dict[str, Any]] = []
+    for name in cases:
+        ours, num_products = seconds[name, "ours"], shape[0] * shape[2] * num_tokens * (num_tokens + 1)
+        of_peak = 2 * num_products * PLANES[name] / ours / ceilings.products[PRODUCTS[name]]
+        text = f"{ours * 1e3:7.2f} ms, {2 * num_products / ours / 1e9:6.1f} GFLOP/s, {of_peak:4.2f} of the peak"
+        key = {"shape": shape, "prefill": num_tokens, "cache": name, "seconds": ours}
+        found.append({**key, "of_peak": round(of_peak, 3)})
+        report(f"{shape} prompt of {num_tokens:5} {name}: {text}", found[-1], name, seconds)
     return found
+
+
+def measure(
+    cases: dict[str, Case], repeats: int, ports: dict[str, Callable[..., Tensor]]
+) -> dict[tuple[str, str], float]:
+    """Median seconds of each case and port, in turn."""
+    seconds: dict[tuple[str, str], list[float]] = {(name, port): [] for name in cases for port in ports}
+    for repeat in range(repeats + 1):
+        for (name, port), times in seconds.items():
+            spent = cases[name].seconds(ports[port])
+            if repeat > 0:  # the first warms up
+                times.append(spent)
+    return {key: statistics.median(times) for key, times in seconds.items()}
+
+
+def report(text: str, found: dict[str, Any], name: str, seconds: dict[tuple[str, str], float]) -> None:
+    """Print it, with how much faster it is than others; they go into `found` too."""
+    others = {"bf16": seconds["bf16", "ours"]} if name != "bf16" else {}
+    if (name, "reference") in seconds:
+        others["reference"] = seconds[name, "reference"]
+    for other, spent in others.items():
+        found[f"against_{other}"] = round(spent / seconds[name, "ours"], 2)
+        text += f", {found[f'against_{other}']:.2f}x {other}"
+    print(text, flush=True)
 
 
 class Case:
     """A step over the caches of several layers, which hold random numbers."""
 
-    def __init__(self, shape: tuple[int, int, int], rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    def __init__(self, shape: tuple[int, ...], rows: list[tuple[int, int]], dtype: torch.dtype) -> None:
         num_heads, num_kv_heads, head_size = shape
         per_row = [-(-(new + old) // PAGE_SIZE) for new, old in rows]
         pages = (torch.randperm(sum(per_row), generator=torch.Generator().manual_seed(0)) + 1).tolist()
@@ -114,24 +162,17 @@ class Case:
 
 
 def random_cache(shape: tuple[int, ...], dtype: torch.dtype) -> KVCache:
-    if dtype == torch.int8:
-        return KVCache(torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[:-1]) / 64)
-    return KVCache(torch.randn(shape, dtype=dtype))
+    data = fresh_memory(math.prod(shape) * dtype.itemsize)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    if dtype != torch.int8:
+        return KVCache(data.normal_())
+    scale = fresh_memory(4 * data.numel() // shape[-1])[: 4 * data.numel() // shape[-1]].view(torch.float32)
+    return KVCache(data.random_(-127, 128), scale.view(shape[:-1]).uniform_(0, 1 / 64))
 
 
 def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def line(found: dict[str, Any]) -> str:
-    return (
-        f"{found['shape']} {found['rows']} x {found['context']}: read {found['gb_per_second']:.1f} GB/s, "
-        f"bf16 {found['bf16_us']:.0f} us ({found['bf16_fraction_of_bandwidth']:.2f}), "
-        f"int8 {found['int8_us']:.0f} us ({found['int8_fraction_of_bandwidth']:.2f}), "
-        f"int8/bf16 {found['int8_against_bf16']:.2f}x, bf16/reference {found['bf16_against_reference']:.1f}x"
-    )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from torchinfer.batch import KVCache
 from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
+from torchinfer.loader import memory
 from torchinfer.models.config import ModelConfig
 
 MIB = 2**20
@@ -75,14 +78,21 @@ def allocate(
 
     def layer() -> KVCache:
         # Written now: memory that is only promised would run out in the middle of traffic.
-        data = torch.empty(*shape, model.head_dim, dtype=dtype, device=device).zero_()
-        return KVCache(data, torch.empty(shape, device=device).zero_() if dtype in SCALED else None)
+        data = _empty((*shape, model.head_dim), dtype, device).zero_()
+        return KVCache(data, _empty(shape, torch.float32, device).zero_() if dtype in SCALED else None)
 
     try:
         return [layer() for _ in range(model.num_layers)]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (DeviceError, torch.OutOfMemoryError, RuntimeError) as error:
         total = num_pages * page_bytes(model, page_size, dtype)
         raise DeviceError(
             f"no memory for a KV cache of {num_pages} pages, {total / MIB:.0f} MiB, on {device}: "
             f"lower kv_cache_memory, max_num_requests or max_model_len"
         ) from error
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU in large pages: attention reads pages of the cache all over it, each in other small ones."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return memory.allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)

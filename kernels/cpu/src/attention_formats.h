@@ -1,12 +1,12 @@
 // How attention multiplies a tile of 64 keys or values with query rows. Both are the same product: weights, laid out in
 // steps of 32-bit words for each lane, times inputs that are the same for all lanes.
 //
-//   FloatAttention   every cache and query, on every level: a word is a float
-//   Bf16Attention    bf16 queries over bf16 and fp8 caches where there are products of bf16: a word is two numbers.
-//                 Probabilities are rounded to bf16, and their sum is that of the rounded ones
-//   Int8Attention    bf16 and float16 queries over int8 caches where there are products of int8: a word is four numbers.
-//                 Queries are split into two bytes (15 bits of their largest number), so are the probabilities times
-//                 the scales of the values (16 bits of the largest in the tile). Sums are exact
+//   FloatAttention  every cache and query, on every level: a word is a float
+//   Bf16Attention   bf16 queries over bf16 and fp8 caches where there are products of bf16: a word is two numbers.
+//                   Probabilities are rounded to bf16, and their sum is that of the rounded ones
+//   Int8Attention   bf16 and float16 queries over int8 caches where there are products of int8: a word is four numbers.
+//                   Queries are split into two bytes (15 bits of their largest number), so are the probabilities times
+//                   the scales of the values (16 bits of the tile's largest scale). Sums are exact
 //
 //   keys    [words of a key][64]            values  [64 / numbers of a word][padded head size]
 //
@@ -32,24 +32,59 @@ struct TileRows {
     const uint8_t* row(int64_t key) const { return start + slot[key] * slot_bytes; }
 };
 
+// Factors of probabilities that are those of the values, not in relation to the largest.
+struct PlainFactors {
+    static constexpr bool kHasRowScale = false;
+    static float put_factors(const float* scale, int64_t vectors, int64_t, int64_t, float* factor) {
+        for (int64_t v = 0; v < vectors; ++v) store(factor + v * 16, load(scale + v * 16));
+        return 1.0f;
+    }
+};
+
+// Memory that a tile reads in one piece.
+struct Run {
+    const uint8_t* start;
+    int64_t bytes;
+};
+
+// Brings the runs of the next tile into the cache, a few lines between two pieces of work: the machine has places for a
+// few dozen only, and who asks for more waits.
+struct RunPrefetch {
+    const Run *run, *end;
+    int64_t byte, at_once, steps;  // lines of a burst, steps of products between two
+
+    void burst() {
+        for (int64_t line = 0; line < at_once && run < end; ++line) {
+            __builtin_prefetch(run->start + byte, 0, 2);
+            byte += 64;
+            if (byte >= run->bytes) ++run, byte = 0;
+        }
+    }
+};
+
 template <class Op, int kRows, int kVectors>
 inline void multiply_block(const typename Op::Word* weights, int64_t step_words, const typename Op::Word* inputs,
-                           int64_t row_words, int64_t steps, typename Op::Number* output, int64_t row_numbers) {
+                           int64_t row_words, int64_t steps, typename Op::Number* output, int64_t row_numbers,
+                           RunPrefetch& ahead) {
     typename Op::Sum sums[kRows][kVectors];
 #pragma GCC unroll 8
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sums[row][v] = Op::zero();
     }
-    for (int64_t step = 0; step < steps; ++step) {
-        typename Op::Weight weight[kVectors];
+    for (int64_t step = 0; step < steps;) {
+        ahead.burst();
+        const int64_t end = step + ahead.steps < steps ? step + ahead.steps : steps;
+        for (; step < end; ++step) {
+            typename Op::Weight weight[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) weight[v] = Op::weight(weights + step * step_words + v * 16);
+            for (int v = 0; v < kVectors; ++v) weight[v] = Op::weight(weights + step * step_words + v * 16);
 #pragma GCC unroll 8
-        for (int row = 0; row < kRows; ++row) {
-            const auto input = Op::input(inputs + row * row_words + step);
+            for (int row = 0; row < kRows; ++row) {
+                const auto input = Op::input(inputs + row * row_words + step);
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sums[row][v] = Op::add_product(sums[row][v], weight[v], input);
+                for (int v = 0; v < kVectors; ++v) sums[row][v] = Op::add_product(sums[row][v], weight[v], input);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -59,30 +94,30 @@ inline void multiply_block(const typename Op::Word* weights, int64_t step_words,
     }
 }
 
-template <class Op, int kVectors, class Prefetch>
+template <class Op, int kVectors>
 inline void multiply_rows(const typename Op::Word* weights, int64_t step_words, const typename Op::Word* inputs,
                           int64_t row_words, int64_t steps, typename Op::Number* output, int64_t row_numbers,
-                          int64_t rows, Prefetch& ahead) {
+                          int64_t rows, RunPrefetch& ahead) {
     int64_t row = 0;
     for (; row + kProductRows <= rows; row += kProductRows) {
         multiply_block<Op, kProductRows, kVectors>(weights, step_words, inputs + row * row_words, row_words, steps,
-                                                   output + row * row_numbers, row_numbers);
-        ahead.burst();
+                                                   output + row * row_numbers, row_numbers, ahead);
     }
     inputs += row * row_words, output += row * row_numbers;
-    switch (rows - row) {
-        case 1: return multiply_block<Op, 1, kVectors>(weights, step_words, inputs, row_words, steps, output, row_numbers);
-        case 2: return multiply_block<Op, 2, kVectors>(weights, step_words, inputs, row_words, steps, output, row_numbers);
-        case 3: return multiply_block<Op, 3, kVectors>(weights, step_words, inputs, row_words, steps, output, row_numbers);
-        default: return;
-    }
+    const auto rest = [&](auto count) {
+        multiply_block<Op, decltype(count)::value, kVectors>(weights, step_words, inputs, row_words, steps, output,
+                                                             row_numbers, ahead);
+    };
+    if (rows - row == 1) rest(std::integral_constant<int, 1>());
+    if (rows - row == 2) rest(std::integral_constant<int, 2>());
+    if (rows - row == 3) rest(std::integral_constant<int, 3>());
 }
 
 // output [rows][16 * vectors] = inputs [rows][steps] times weights [steps][16 * vectors]
-template <class Op, class Prefetch>
+template <class Op>
 inline void multiply_tile(const typename Op::Word* weights, int64_t step_words, const typename Op::Word* inputs,
                           int64_t row_words, int64_t steps, typename Op::Number* output, int64_t row_numbers,
-                          int64_t rows, int64_t vectors, Prefetch& ahead) {
+                          int64_t rows, int64_t vectors, RunPrefetch& ahead) {
     constexpr int kVectors = kFloatVectors;
     int64_t v = 0;
     for (; v + kVectors <= vectors; v += kVectors) {
@@ -110,7 +145,7 @@ struct FloatOp {
 };
 
 template <class Query, class Cache>
-struct FloatAttention {
+struct FloatAttention : PlainFactors {
     using ScoreOp = FloatOp;
     using ValueOp = FloatOp;
     using Word = float;
@@ -120,17 +155,20 @@ struct FloatAttention {
     static void put_query(const Query* query, int64_t size, float* words, int64_t, float*) {
         for (int64_t d = 0; d < size; d += 16) store(words + d, load_some(query + d, size - d));
     }
-    static void put_keys(const TileRows& tile, int64_t vectors, float* keys) {
+    static void put_keys(const TileRows& tile, int64_t vectors, float* keys, RunPrefetch& ahead) {
         for (int64_t key = 0; key < vectors * 16; key += 16) {
             for (int64_t d = 0; d < tile.size; d += 16) {
+                ahead.burst();
                 F rows[16];
                 for (int i = 0; i < 16; ++i) rows[i] = load_row(tile, key + i, d);
                 store_transposed(keys + d * kTile + key, kTile, rows);
             }
         }
     }
-    static void put_values(const TileRows& tile, int64_t vectors, float* values, int64_t padded_size) {
+    static void put_values(const TileRows& tile, int64_t vectors, float* values, int64_t padded_size,
+                           RunPrefetch& ahead) {
         for (int64_t key = 0; key < vectors * 16; ++key) {
+            ahead.burst();
             for (int64_t d = 0; d < tile.size; d += 16) store(values + key * padded_size + d, load_row(tile, key, d));
         }
     }
@@ -139,14 +177,14 @@ struct FloatAttention {
         return load_some(reinterpret_cast<const Cache*>(tile.row(key)) + d, tile.size - d);
     }
     static F score(const float* products, const float*, int64_t vector) { return load(products + vector * 16); }
-    // Writes the probabilities times `scale`, returns their sum without it.
-    static F put_probabilities(F* p, const float* scale, int64_t vectors, float* words, float* row_scale) {
+    // Writes the probabilities times their factors, returns their sum without them.
+    static F put_probabilities(const F* p, const float* factor, int64_t vectors, float* words) {
         F total = zero_float();
+#pragma GCC unroll 4
         for (int64_t v = 0; v < vectors; ++v) {
             total = add(total, p[v]);
-            store(words + v * 16, scale == nullptr ? p[v] : mul(p[v], load(scale + v * 16)));
+            store(words + v * 16, factor == nullptr ? p[v] : mul(p[v], load(factor + v * 16)));
         }
-        *row_scale = 1.0f;
         return total;
     }
     static F weighted(const float* products, int64_t, int64_t d, F) { return load(products + d); }

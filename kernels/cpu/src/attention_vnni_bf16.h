@@ -33,7 +33,7 @@ inline __m512i load_32(const Fp8* p, int64_t count) {
 }
 
 template <class Cache>
-struct Bf16Attention {
+struct Bf16Attention : PlainFactors {
     using ScoreOp = Bf16Op;
     using ValueOp = Bf16Op;
     using Word = uint32_t;
@@ -47,9 +47,10 @@ struct Bf16Attention {
         if (!tile.has(key)) return _mm512_setzero_si512();
         return load_32(reinterpret_cast<const Cache*>(tile.row(key)) + d, tile.size - d);
     }
-    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys) {
+    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys, RunPrefetch& ahead) {
         for (int64_t key = 0; key < vectors * 16; key += 16) {
             for (int64_t d = 0; d < tile.size; d += 32) {
+                ahead.burst();
                 __m512i rows[16];
                 for (int i = 0; i < 16; ++i) rows[i] = load_row(tile, key + i, d);
                 transpose(rows);
@@ -57,11 +58,13 @@ struct Bf16Attention {
             }
         }
     }
-    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size) {
+    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size,
+                           RunPrefetch& ahead) {
         const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
                                                6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
         for (int64_t key = 0; key < vectors * 16; key += 2) {
+            ahead.burst();
             uint32_t* const target = values + key / 2 * padded_size;
             for (int64_t d = 0; d < tile.size; d += 32) {
                 const __m512i even = load_row(tile, key, d), odd = load_row(tile, key + 1, d);
@@ -71,20 +74,16 @@ struct Bf16Attention {
         }
     }
     static F score(const float* products, const float*, int64_t vector) { return load(products + vector * 16); }
-    static F put_probabilities(F* p, const float* scale, int64_t vectors, uint32_t* words, float* row_scale) {
+    static F put_probabilities(const F* p, const float* factor, int64_t vectors, uint32_t* words) {
         F total = zero_float();
+#pragma GCC unroll 4
         for (int64_t v = 0; v < vectors; ++v) {
-            if (scale == nullptr) {
-                const __m256i half = (__m256i)_mm512_cvtneps_pbh(p[v].v);
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + v * 8), half);
-                total = add(total, {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))});
-            } else {
-                total = add(total, p[v]);
-                const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(p[v].v, _mm512_loadu_ps(scale + v * 16)));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + v * 8), half);
-            }
+            const __m512 scaled = factor == nullptr ? p[v].v : _mm512_mul_ps(p[v].v, _mm512_loadu_ps(factor + v * 16));
+            const __m256i half = (__m256i)_mm512_cvtneps_pbh(scaled);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + v * 8), half);
+            const F rounded = {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+            total = add(total, factor == nullptr ? rounded : p[v]);
         }
-        *row_scale = 1.0f;
         return total;
     }
     static F weighted(const float* products, int64_t, int64_t d, F) { return load(products + d); }
@@ -112,16 +111,17 @@ struct Int8Attention {
     using Word = uint32_t;
     using Number = int32_t;
     static constexpr int kPlanes = 2, kNumbersOfWord = 4;
+    static constexpr bool kHasRowScale = true;
     static constexpr float kMostOfQuery = 127 * 128, kMostOfProbability = 65535;
 
-    // facts: scale of the row; 128 times the sums of both planes, which the keys' sign bit, turned, adds
+    // facts: scale of the row; bits of what the keys' sign bit, turned, adds to a product: 128 times the sum
     static void put_query(const Query* query, int64_t size, uint32_t* words, int64_t row_words, float* facts) {
         I most = zero_int();
         for (int64_t d = 0; d < size; d += 16) most = max(most, bits_of_magnitude(load_some(query + d, size - d)));
         const float largest_number = as_float(static_cast<uint32_t>(largest(most)));
         const float scale = largest_number / kMostOfQuery;
         const F factor = set(scale < 1e-30f ? 0.0f : 1.0f / scale);
-        I sums[2] = {zero_int(), zero_int()};
+        I total = zero_int();
         int8_t* const bytes = reinterpret_cast<int8_t*>(words);
         for (int64_t d = 0; d < row_words * 4; d += 16) {
             const F value = d < size ? load_some(query + d, size - d) : zero_float();
@@ -129,11 +129,10 @@ struct Int8Attention {
             const I lower = sub(q, shift_left<7>(upper));
             store_as_bytes(bytes + d, upper);
             store_as_bytes(bytes + row_words * 4 + d, lower);
-            sums[0] = add(sums[0], upper), sums[1] = add(sums[1], lower);
+            total = add(total, q);
         }
         facts[0] = scale;
-        facts[1] = 128.0f * static_cast<float>(sum(sums[0]));
-        facts[2] = 128.0f * static_cast<float>(sum(sums[1]));
+        facts[1] = as_float(static_cast<uint32_t>(sum(total)) * 128);
     }
     static __m512i load_row(const TileRows& tile, int64_t key, int64_t d) {
         if (!tile.has(key)) return _mm512_setzero_si512();
@@ -141,10 +140,11 @@ struct Int8Attention {
         const int64_t count = tile.size - d;
         return count >= 64 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8((uint64_t{1} << count) - 1, p);
     }
-    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys) {
+    static void put_keys(const TileRows& tile, int64_t vectors, uint32_t* keys, RunPrefetch& ahead) {
         const __m512i sign = _mm512_set1_epi8(-128);
         for (int64_t key = 0; key < vectors * 16; key += 16) {
             for (int64_t d = 0; d < tile.size; d += 64) {
+                ahead.burst();
                 __m512i rows[16];
                 for (int i = 0; i < 16; ++i) rows[i] = load_row(tile, key + i, d);
                 transpose(rows);
@@ -154,9 +154,11 @@ struct Int8Attention {
             }
         }
     }
-    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size) {
+    static void put_values(const TileRows& tile, int64_t vectors, uint32_t* values, int64_t padded_size,
+                           RunPrefetch& ahead) {
         const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
         for (int64_t key = 0; key < vectors * 16; key += 4) {
+            ahead.burst();
             uint32_t* const target = values + key / 4 * padded_size;
             for (int64_t d = 0; d < tile.size; d += 64) {
                 __m512i r[4];
@@ -170,35 +172,42 @@ struct Int8Attention {
             }
         }
     }
-    static F two_planes(const int32_t* products, int64_t apart, F first_offset, F second_offset, float base) {
-        const F upper = {_mm512_cvtepi32_ps(_mm512_loadu_si512(products))};
-        const F lower = {_mm512_cvtepi32_ps(_mm512_loadu_si512(products + apart))};
-        return fma(sub(upper, first_offset), set(base), sub(lower, second_offset));
+    // A product's planes put together; the whole fits 32 bits for head sizes up to 1024.
+    template <int kBits>
+    static I both_planes(const int32_t* products, int64_t apart) {
+        const I upper = {_mm512_loadu_si512(products)}, lower = {_mm512_loadu_si512(products + apart)};
+        return add(shift_left<kBits>(upper), lower);
     }
     static F score(const int32_t* products, const float* facts, int64_t vector) {
-        const F total = two_planes(products + vector * 16, kTile, set(facts[1]), set(facts[2]), 128.0f);
-        return mul(total, set(facts[0]));
+        const I offset = set(static_cast<int32_t>(as_bits(facts[1])));
+        return mul(to_float(sub(both_planes<7>(products + vector * 16, kTile), offset)), set(facts[0]));
     }
-    static F put_probabilities(F* p, const float* scale, int64_t vectors, uint32_t* words, float* row_scale) {
-        F total = zero_float(), most = zero_float();
+    // The largest scale's factor is kMostOfProbability. Returns what this multiplies the row's numbers with.
+    static float put_factors(const float* scale, int64_t vectors, int64_t first, int64_t end, float* factor) {
+        I most = zero_int();  // compared as bits: NaN is above infinity, minus infinity the lowest
+        for (int64_t v = 0; v < vectors; ++v) {
+            const F seen = keep_range(load(scale + v * 16), first - v * 16, end - v * 16);
+            most = max(most, {_mm512_castps_si512(seen.v)});
+        }
+        const float largest_number = as_float(static_cast<uint32_t>(_mm512_reduce_max_epi32(most.v)));
+        const F all = set(largest_number < 1e-30f ? 0.0f : kMostOfProbability / largest_number);
+        for (int64_t v = 0; v < vectors; ++v) store(factor + v * 16, mul(load(scale + v * 16), all));
+        return largest_number / kMostOfProbability;
+    }
+    static F put_probabilities(const F* p, const float* factor, int64_t vectors, uint32_t* words) {
+        F total = zero_float();
+        uint8_t* const bytes = reinterpret_cast<uint8_t*>(words);
+#pragma GCC unroll 4
         for (int64_t v = 0; v < vectors; ++v) {
             total = add(total, p[v]);
-            p[v] = mul(p[v], load(scale + v * 16));
-            most = {_mm512_max_ps(most.v, p[v].v)};
-        }
-        const float largest_number = _mm512_reduce_max_ps(most.v);
-        *row_scale = largest_number / kMostOfProbability;
-        const F factor = set(largest_number < 1e-30f ? 0.0f : kMostOfProbability / largest_number);
-        uint8_t* const bytes = reinterpret_cast<uint8_t*>(words);
-        for (int64_t v = 0; v < vectors; ++v) {
-            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(p[v].v, factor.v));
+            const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(p[v].v, _mm512_loadu_ps(factor + v * 16)));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + v * 16), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + kTile + v * 16), _mm512_cvtepi32_epi8(q));
         }
         return total;
     }
     static F weighted(const int32_t* products, int64_t padded_size, int64_t d, F row_scale) {
-        return mul(two_planes(products + d, padded_size, zero_float(), zero_float(), 256.0f), row_scale);
+        return mul(to_float(both_planes<8>(products + d, padded_size)), row_scale);
     }
 };
 

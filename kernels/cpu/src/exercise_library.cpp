@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "isa.h"
 #include "packed.h"
 
 using namespace torchinfer;
@@ -20,6 +21,7 @@ int64_t torchinfer_cpu_packed_bytes(const PackedWeight*);
 int32_t torchinfer_cpu_pack(const PackedWeight*, const void*, void*);
 int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const void*, const int32_t*, int64_t, int64_t,
                               int32_t);
+int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
 }
 
@@ -126,6 +128,66 @@ void check_rms_norm() {
     require(std::fabs(squares / 500 - 1) < 1e-4, "rms_norm");
 }
 
+// A step of two rows over a float32 or an int8 cache: one token of a long context, and the last three of a short one.
+struct AttentionStep {
+    static constexpr int64_t kHeads = 6, kKvHeads = 2, kSize = 40, kPageSize = 8, kPages = 100, kTokens = 4;
+    static constexpr int64_t kSlots = kPages * kPageSize, kCacheRows = kSlots * kKvHeads;
+    int32_t query_start[3] = {0, 1, 4}, kv_length[2] = {610, 37}, table[2 * 80] = {};
+    std::vector<float> query, result, cache, scale;  // the cache as floats, before the scale
+    std::vector<int8_t> bytes;
+
+    explicit AttentionStep(bool is_int8)
+        : query(kTokens * kHeads * kSize), result(query.size()), cache(2 * kCacheRows * kSize) {
+        for (int i = 0; i < 160; ++i) table[i] = i < 80 ? 99 - i : i - 80;
+        for (size_t i = 0; i < query.size(); ++i) query[i] = number(static_cast<uint32_t>(i + 5));
+        for (size_t i = 0; i < cache.size(); ++i) cache[i] = number(static_cast<uint32_t>(i + 9));
+        if (!is_int8) return;
+        scale.assign(2 * kCacheRows, 1.0f / 127);
+        for (float& value : cache) bytes.push_back(static_cast<int8_t>(value = std::round(value * 127)));
+    }
+    Attention task() {
+        const void* const stored = bytes.empty() ? static_cast<const void*>(cache.data()) : bytes.data();
+        const float* const scales = bytes.empty() ? nullptr : scale.data();
+        return {query.data(), result.data(), stored, scales, query_start, kv_length, table, kTokens, 2, kHeads,
+                kKvHeads, kSize, kHeads * kSize, kPages, kPageSize, 80, 0, 0.5f, 0.0f, kFloat32,
+                bytes.empty() ? int32_t{kFloat32} : int32_t{kInt8Cache}};
+    }
+    const float* stored_row(int row, int64_t key, int64_t head, int64_t which) const {
+        const int64_t slot = table[row * 80 + key / kPageSize] * kPageSize + key % kPageSize;
+        return &cache[static_cast<size_t>((which * kCacheRows + slot * kKvHeads + head) * kSize)];
+    }
+    double expected(int row, int64_t token, int64_t head, int64_t d) const {
+        const int64_t length = kv_length[row] - (query_start[row + 1] - 1 - token);
+        const int64_t kv_head = head / (kHeads / kKvHeads);
+        const double factor = bytes.empty() ? 1.0 : 1.0 / 127;
+        double total = 0, sum = 0;
+        for (int64_t key = 0; key < length; ++key) {
+            double score = 0;
+            const float* const keys = stored_row(row, key, kv_head, 0);
+            const float* const values = stored_row(row, key, kv_head, 1);
+            const float* const queries = &query[static_cast<size_t>((token * kHeads + head) * kSize)];
+            for (int64_t i = 0; i < kSize; ++i) score += double{queries[i]} * keys[i];
+            const double weight = std::exp(score * factor * 0.5);
+            total += weight, sum += weight * values[d] * factor;
+        }
+        return sum / total;
+    }
+};
+
+void check_attention(bool is_int8) {
+    AttentionStep step(is_int8);
+    const Attention task = step.task();
+    require(torchinfer_cpu_attention(&task) == kOk, "status of attention");
+    for (int row = 0; row < 2; ++row) {
+        for (int64_t token = step.query_start[row]; token < step.query_start[row + 1]; ++token) {
+            for (int64_t head = 0; head < step.kHeads; ++head) {
+                const float actual = step.result[static_cast<size_t>((token * step.kHeads + head) * step.kSize + 7)];
+                require(std::fabs(actual - step.expected(row, token, head, 7)) < 1e-4, "attention");
+            }
+        }
+    }
+}
+
 void check_all() {
     for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
         for (const int64_t group : {int64_t{1000}, int64_t{32}}) {
@@ -136,6 +198,8 @@ void check_all() {
         }
     }
     check_rms_norm();
+    check_attention(false);
+    check_attention(true);
 }
 
 }  // namespace
