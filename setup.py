@@ -87,7 +87,11 @@ setup(
     python_requires=">=3.11",
     package_dir=package_dir,
     packages=find_packages(include=["torchinfer", "torchinfer.*"]) + sorted(package_dir),
-    package_data={"torchinfer": ["py.typed"], "torchinfer.serving": ["*.proto", "*.pyi"]},
+    package_data={
+        "torchinfer": ["py.typed"],
+        "torchinfer.planner": ["*.toml"],
+        "torchinfer.serving": ["*.proto", "*.pyi"],
+    },
     ext_modules=[Extension(LIBRARY, sources=[], optional=True)],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     install_requires=[

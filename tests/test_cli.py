@@ -130,7 +130,7 @@ def test_memory_is_a_share_or_a_size(text, value):
     assert memory(text) == value
 
 
-@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor", "quantize", "eval"])
+@pytest.mark.parametrize("command", ["generate", "serve", "client", "inspect", "doctor", "plan", "quantize", "eval"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -153,6 +153,7 @@ def test_version(capsys):
         (["generate", "--model", "m", "--device", "abacus"], "invalid choice: 'abacus'"),
         (["generate", "--model", "m", "--kv-cache-dtype", "int4"], "invalid choice: 'int4'"),
         (["generate", "--model", "m", "--kv-cache-memory", "lots"], "invalid memory value: 'lots'"),
+        (["plan", "--model", "m", "--accelerator", "v9"], "invalid choice: 'v9'"),
         (["quantize", "m", "out"], "the following arguments are required: --scheme"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
@@ -172,6 +173,8 @@ def test_wrong_usage_exits_with_2(argv, text, capsys):
         (["inspect", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
         (["doctor", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
         (["doctor", "/tmp", "--seconds", "0"], "seconds=0 must be more than 0"),
+        (["plan", "--model", "/nowhere"], "torchinfer: error: '/nowhere' does not exist"),
+        (["plan", "--model", str(MODEL), "--topology", "3x3"], "topology='3x3' does not exist"),
         (["quantize", "/nowhere", "out", "--scheme", "int8"], "torchinfer: error: '/nowhere' does not exist"),
         (["quantize", "m", "out", "--scheme", "int8", "--load-memory", "1MB"], "load_memory=1000000 must be at least"),
         (

@@ -1,4 +1,4 @@
-"""The `torchinfer` command: generate, serve, client, inspect, doctor, quantize, eval.
+"""The `torchinfer` command: generate, serve, client, inspect, doctor, plan, quantize, eval.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 Ctrl-C.
 Whatever takes long to import is imported by the command that needs it.
@@ -25,6 +25,7 @@ from torchinfer.console import show
 from torchinfer.errors import ConfigError, TorchinferError
 from torchinfer.evaluation import options as evaluation
 from torchinfer.flags import quantization
+from torchinfer.planner import options as planner
 from torchinfer.request import SamplingParams
 from torchinfer.serving.options import ServerOptions
 
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_client(commands)
     _add_inspect(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     _add_quantize(commands)
     _add_eval(commands)
     return parser
@@ -153,6 +155,14 @@ def _add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_doctor)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(commands, "plan", "tell which accelerator a model fits, and how fast it may be", planner.EXAMPLES)
+    parser.usage = "torchinfer plan --model DIR_OR_CONFIG [options]"
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    planner.PLAN.add_to(parser)
+    parser.set_defaults(run=_plan)
 
 
 def _add_quantize(commands: Any) -> None:
@@ -262,6 +272,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     diagnosis = diagnose(arguments.path, arguments.seconds)
     print(json.dumps(diagnosis.to_dict(), indent=2) if arguments.json else diagnosis.to_text())
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    options = planner.PlanOptions(**planner.PLAN.values(arguments))
+    from torchinfer.planner.chart import write_chart
+    from torchinfer.planner.planner import plan
+    from torchinfer.planner.table import to_dict, to_text
+
+    found = plan(options)
+    if options.plot is not None:
+        write_chart(found, options.plot)
+    print(json.dumps(to_dict(found), indent=2) if arguments.json else to_text(found))
     return 0
 
 

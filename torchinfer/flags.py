@@ -132,6 +132,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "float | None": _argument(float, "X"),
     "float | int | None": _argument(memory, "SHARE|SIZE"),
     "str": _argument(str, "TEXT"),
+    "str | None": _argument(str, "TEXT"),
     "str | Path": _argument(str, "PATH"),
     "str | Path | None": _argument(str, "PATH"),
     "bool": {"action": argparse.BooleanOptionalAction},

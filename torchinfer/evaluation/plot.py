@@ -55,9 +55,13 @@ def scatter(series: Sequence[Series], x_label: str, y_label: str, unit: float) -
     return _figure(x_axis, y_axis, body + [_marks(each, x_axis, y_axis) for each in series])
 
 
-def lines(series: Sequence[Series], categories: Sequence[str], x_label: str, y_label: str) -> str:
-    """Lines over categories, whose index is a point's x, on a logarithmic axis; empty when no value is positive."""
-    y_axis = _log_axis([point.y for each in series for point in each.points], y_label)
+def lines(
+    series: Sequence[Series], categories: Sequence[str], x_label: str, y_label: str, *, is_linear: bool = False
+) -> str:
+    """Lines over categories, whose index is a point's x, on a logarithmic axis, or a linear one from 0; empty when no
+    value is positive."""
+    values = [point.y for each in series for point in each.points]
+    y_axis = _linear_axis(values, y_label) if is_linear else _log_axis(values, y_label)
     if y_axis is None:
         return ""
     width = (WIDTH - LEFT - RIGHT) / len(categories)
@@ -95,6 +99,18 @@ def _log_axis(values: Sequence[float], label: str) -> Axis | None:
 
     every = max(1, (high - low) // 6)
     return Axis(scale, tuple((10.0**k, f"{10.0**k:g}") for k in range(low, high + 1, every)), label)
+
+
+def _linear_axis(values: Sequence[float], label: str) -> Axis | None:
+    """From 0 to a round number above the values."""
+    most = max(values, default=0.0)
+    if most <= 0:
+        return None
+    step = _step(most)
+    num_steps = math.ceil(most / step)
+    height = HEIGHT - TOP - BOTTOM
+    ticks = tuple((k * step, f"{k * step:g}") for k in range(num_steps + 1))
+    return Axis(lambda value: TOP + height * (1 - value / (num_steps * step)), ticks, label)
 
 
 def _step(most: float) -> float:

@@ -1,0 +1,60 @@
+"""What `torchinfer plan` is asked for, and its flags. Values are checked with the model, in planner.py, all at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchinfer.config import DTYPES, KV_CACHE_DTYPES, SCHEMES, Quantization
+from torchinfer.flags import FlagSet
+
+ALL = "all"
+KINDS = ("v5e", "v5p", "h200", "h100", "l4", ALL)
+
+EXAMPLES = """examples:
+  torchinfer plan --model path/to/checkpoint
+  torchinfer plan --model path/to/config.json --quantization int8 --kv-cache int8 --accelerator v5e
+  torchinfer plan --model path/to/config.json --accelerator v5p --topology 2x2x1 --context 8192 --price 2.10
+  torchinfer plan --model path/to/config.json --quantization int8 --plot plan.svg --json | jq .placements
+
+Needs config.json and nothing else: no weights, no accelerator. docs/planning.md tells how to read the numbers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """Which model, held how, on what."""
+
+    model: str | Path
+    quantization: Quantization | None = None
+    kv_cache_dtype: str = "auto"
+    dtype: str = "auto"
+    context: int | None = None  # tokens of a request; None: 4,096, or the model's context if that is less
+    accelerator: str = ALL
+    topology: str | None = None  # None: the smallest that fits
+    price: float | None = None  # USD for a chip and hour; None: prices.toml
+    max_num_batched_tokens: int = 512
+    page_size: int = 16
+    plot: str | Path | None = None  # SVG file to write
+
+
+PLAN = FlagSet(
+    PlanOptions,
+    "plan options",
+    {
+        "model": "config.json of a Hugging Face checkpoint, or a folder or gs://bucket/prefix that has one",
+        "quantization": f"weights: {', '.join(SCHEMES)}, none; with a pattern for the layers that it fits; repeatable "
+        "(default: as the checkpoint has them)",
+        "kv_cache_dtype": "of the KV cache; auto: the model's",
+        "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's",
+        "context": "tokens of a request, prompt and output together (default: 4096, or the model's context if less)",
+        "accelerator": "kind of chip",
+        "topology": "chips that hold the model: 2x4 on v5e, 2x2x1 on v5p, a number of GPUs (default: the smallest "
+        "that fits)",
+        "price": "USD for a chip and hour (default: list prices, with their date in the output)",
+        "max_num_batched_tokens": "tokens of a prompt that one step computes",
+        "page_size": "tokens in a page of the KV cache, a power of two",
+        "plot": "write an SVG: tokens a second and memory against the batch",
+    },
+    choices={"kv_cache_dtype": KV_CACHE_DTYPES, "dtype": DTYPES, "accelerator": KINDS},
+    names={"kv_cache_dtype": ("--kv-cache", "--kv-cache-dtype")},
+)
