@@ -35,23 +35,23 @@ inline uint32_t as_bits(float value) {
 
 // The first `count` of 16 values; the others are zero. Nothing behind them is read or written.
 template <class T>
-inline F load_part(const T* source, int64_t count) {
+__attribute__((noinline)) F load_part(const T* source, int64_t count) {
     T values[16] = {};
     for (int64_t i = 0; i < count; ++i) values[i] = source[i];
     return load(values);
 }
 template <class T>
-inline void store_part(T* target, F value, int64_t count) {
+__attribute__((noinline)) void store_part(T* target, F value, int64_t count) {
     T values[16];
     store(values, value);
     for (int64_t i = 0; i < count; ++i) target[i] = values[i];
 }
 template <class T>
-inline F load_some(const T* source, int64_t count) {
+__attribute__((always_inline)) inline F load_some(const T* source, int64_t count) {
     return count >= 16 ? load(source) : load_part(source, count);
 }
 template <class T>
-inline void store_some(T* target, F value, int64_t count) {
+__attribute__((always_inline)) inline void store_some(T* target, F value, int64_t count) {
     if (count >= 16) {
         store(target, value);
     } else {
