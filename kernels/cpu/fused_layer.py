@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StepStruct(ctypes.Structure):
-    """Step of src/isa.h."""
+    """StepBatch of src/isa.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("slot", "query_start", "kv_length", "page_table")),

@@ -228,7 +228,7 @@ API int32_t torchinfer_cpu_gated_activation(const void* x, void* y, int64_t rows
 }
 
 API int32_t torchinfer_cpu_attention_layer(const AttentionLayer* task) {
-    const Step& step = *task->step;
+    const StepBatch& step = *task->step;
     if (!are_aligned({step.slot, step.query_start, step.kv_length, step.page_table}, 4)) return kMisaligned;
     if (!is_valid(*task)) return kBadArgument;
     if (!are_aligned({task->x, task->y, task->qkv_bias, task->output_bias, task->norm, task->query_norm, task->key_norm,

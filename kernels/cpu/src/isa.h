@@ -76,7 +76,7 @@ struct GatedActivation {
 };
 
 // What a step's layers have in common. batch.py describes the rows.
-struct Step {
+struct StepBatch {
     const int32_t* slot;         // [tokens]
     const int32_t* query_start;  // [rows + 1]
     const int32_t* kv_length;    // [rows]
@@ -86,7 +86,7 @@ struct Step {
 
 // y = x + output_norm(output(attention(qkv(norm(x))))); norms and biases that are null are left out.
 struct AttentionLayer {
-    const Step* step;
+    const StepBatch* step;
     const void* x;  // [tokens, hidden], contiguous
     void* y;        // as x, elsewhere
     const float* cosine;  // [tokens, frequencies], contiguous
@@ -104,7 +104,7 @@ struct AttentionLayer {
     int64_t query_size() const { return heads * head_size; }
     int64_t qkv_size() const { return (heads + 2 * kv_heads) * head_size; }
     Attention attention(const void* query, void* result) const {
-        const Step& s = *step;
+        const StepBatch& s = *step;
         return {query, result, cache, scale, s.query_start, s.kv_length, s.page_table,
                 s.tokens, s.rows, heads, kv_heads, head_size, query_size(), pages, s.page_size, s.table_width,
                 window, score_scale, soft_cap, dtype, cache_dtype};

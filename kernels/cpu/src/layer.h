@@ -123,7 +123,7 @@ int32_t put_output(Pool& threads, const Layer& task, const PackedWeight& weight,
 }
 
 int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
-    const Step& step = *task.step;
+    const StepBatch& step = *task.step;
     const int64_t tokens = step.tokens, hidden = task.qkv->inputs, query_size = task.query_size();
     Parts parts = {nullptr, bytes_of(task.dtype)};
     const int64_t bytes = 3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * task.qkv_size()) +
