@@ -19,6 +19,7 @@ PAGE_SIZE = 4
 NUM_PAGES = 16
 VARIANTS = {  # of ModelConfig, and of Block
     "llama": ({}, {}),
+    "gates in whole blocks": ({"intermediate_size": 192, "mlp_bias": True}, {}),
     "biases": ({"attention_bias": True, "output_bias": True, "mlp_bias": True}, {}),
     "qwen3": ({"has_qk_norm": True}, {}),
     "gemma": ({"activation": "gelu_tanh"}, {"norm_offset": 1.0}),

@@ -29,7 +29,7 @@ inline F activate(F x) {
 template <class T, int kKind>
 inline void activate_part(const GatedActivation& task, int64_t row, int64_t first, int64_t end) {
     const T* const x = static_cast<const T*>(task.x) + row * task.stride;
-    T* const y = static_cast<T*>(task.y) + row * task.columns;
+    T* const y = static_cast<T*>(task.y) + row * task.y_stride;
     for (int64_t i = first; i < end; i += 16) {
         const F gate = load_some(x + i, end - i), up = load_some(x + task.columns + i, end - i);
         store_some(y + i, mul(activate<kKind>(gate), up), end - i);

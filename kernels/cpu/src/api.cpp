@@ -223,7 +223,7 @@ API int32_t torchinfer_cpu_gated_activation(const void* x, void* y, int64_t rows
     if (!is_aligned(x, size) || !is_aligned(y, size)) return kMisaligned;
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
-    kernels().gated_activation(threads, {x, y, rows, columns, stride, kind, dtype});
+    kernels().gated_activation(threads, {x, y, rows, columns, stride, columns, kind, dtype});
     return kOk;
 }
 

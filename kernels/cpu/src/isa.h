@@ -27,6 +27,8 @@ struct Linear {
     int64_t rows, stride;
     int32_t dtype;  // of x, y, bias and residual
     const void* residual = nullptr;  // [rows, outputs], contiguous, or null
+    bool is_gated = false;           // y [rows, outputs / 2] = activation(first half) * second half, 64 outputs at once
+    int32_t kind = 0;                // ActivationKind
 };
 
 constexpr int64_t kMostHeads = 4096, kMostHeadSize = 1024;
@@ -70,8 +72,8 @@ struct Rotary {
 enum ActivationKind : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 struct GatedActivation {
     const void* x;  // [rows, 2 * columns]: gates, then what they are multiplied with
-    void* y;        // [rows, columns], contiguous
-    int64_t rows, columns, stride;
+    void* y;        // [rows, columns]
+    int64_t rows, columns, stride, y_stride;
     int32_t kind, dtype;
 };
 

@@ -152,13 +152,17 @@ int32_t mlp_layer(Pool& threads, const MlpLayer& task) {
     parts.memory = static_cast<char*>(threads.activations(bytes));
     if (parts.memory == nullptr) return kNoMemory;
     void* const normed = parts.take(tokens * hidden);
-    void* const gate_up = parts.take(tokens * 2 * inner);
     void* const activated = parts.take(tokens * inner);
     rms_norm(threads, {task.x, task.norm, normed, tokens, hidden, hidden, task.epsilon, task.offset, task.dtype});
-    const int32_t status = linear(
-        threads, {task.gate_up, normed, gate_up, task.gate_up_bias, nullptr, tokens, hidden, task.dtype, nullptr});
+    Linear gate_up = {task.gate_up, normed, activated, task.gate_up_bias, nullptr, tokens, hidden, task.dtype};
+    gate_up.kind = task.kind;
+    gate_up.is_gated = inner % kBlock == 0;  // or a block would have gates and what they are multiplied with
+    if (!gate_up.is_gated) gate_up.y = parts.take(tokens * 2 * inner);
+    const int32_t status = linear(threads, gate_up);
     if (status != kOk) return status;
-    gated_activation(threads, {gate_up, activated, tokens, inner, 2 * inner, task.kind, task.dtype});
+    if (!gate_up.is_gated) {
+        gated_activation(threads, {gate_up.y, activated, tokens, inner, 2 * inner, inner, task.kind, task.dtype});
+    }
     return put_output(threads, task, *task.down, task.down_bias, activated, tokens, parts);
 }
 

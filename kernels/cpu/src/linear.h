@@ -1,6 +1,7 @@
 // Linear layers: rows of inputs times packed matrices, one matrix or one for each run of rows (experts).
 #pragma once
 
+#include "activation.h"
 #include "isa.h"
 #include "pool.h"
 #include "tile.h"
@@ -16,25 +17,27 @@ constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into plan
 
 // What is done with a tile's results.
 struct Store {
-    void* y;
+    void* y;               // of `first_row` and `first_column`; a row begins `stride` values after the one before
     const void* bias;      // [outputs] in y's dtype, or null
     const void* residual;  // as y, or null: added to what would be stored without it
-    int64_t outputs;
+    int64_t outputs, stride;
     int32_t dtype;
+    int64_t first_row = 0, first_column = 0;
 
     void operator()(const float* result, int64_t row, int64_t num_rows, int64_t block) const {
         with_dtype(dtype, [&](auto* type) {
             using T = std::remove_pointer_t<decltype(type)>;
             const int64_t first = block * kBlock, count = outputs - first < kBlock ? outputs - first : kBlock;
             for (int64_t i = 0; i < num_rows; ++i) {
-                T* const place = static_cast<T*>(y) + (row + i) * outputs + first;
+                const int64_t offset = (row + i - first_row) * stride + first - first_column;
+                T* const place = static_cast<T*>(y) + offset;
                 for (int64_t output = 0; output < count; output += 16) {
                     F value = load(result + i * kBlock + output);
                     if (bias != nullptr) {
                         value = add(value, load_some(static_cast<const T*>(bias) + first + output, count - output));
                     }
                     if (residual != nullptr) {
-                        const T* const other = static_cast<const T*>(residual) + (row + i) * outputs + first + output;
+                        const T* const other = static_cast<const T*>(residual) + offset + output;
                         value = add(load_some(other, count - output), rounded(value, other));
                     }
                     store_some(place + output, value, count - output);
@@ -58,15 +61,16 @@ struct Scratch {
     int64_t num_segments;
 };
 
-template <class Format, int kPlanes, class Epilogue>
+template <class Format, int kPlanes>
 class Pass {
   public:
     static constexpr int kRows = most_rows<Format>(kPlanes);
 
-    Pass(const Linear& task, const Epilogue& epilogue, Scratch scratch, int64_t first_row, int num_threads)
-        : task_(task), weight_(*task.weight), epilogue_(epilogue), scratch_(scratch), first_row_(first_row),
-          num_threads_(num_threads), groups_(num_groups(weight_)), blocks_(num_blocks(weight_)),
-          block_bytes_(block_bytes(weight_)), row_bytes_(padded_inputs(weight_) / Format::kStep * Format::kLaneBytes) {}
+    Pass(const Linear& task, Scratch scratch, int64_t first_row, int num_threads)
+        : task_(task), weight_(*task.weight), scratch_(scratch), first_row_(first_row), num_threads_(num_threads),
+          groups_(num_groups(weight_)), blocks_(num_blocks(weight_)), block_bytes_(block_bytes(weight_)),
+          row_bytes_(padded_inputs(weight_) / Format::kStep * Format::kLaneBytes),
+          items_(task.is_gated ? blocks_ / 2 : blocks_) {}
 
     static int64_t scratch_bytes(const PackedWeight& weight, int64_t rows) {
         const int64_t row_bytes = padded_inputs(weight) / Format::kStep * Format::kLaneBytes;
@@ -89,7 +93,7 @@ class Pass {
     }
 
     void multiply(Pool& threads) const {
-        parallel_for(threads, scratch_.num_segments * blocks_, [&](int64_t item, int) { compute_block(item); });
+        parallel_for(threads, scratch_.num_segments * items_, [&](int64_t item, int) { compute_item(item); });
     }
 
   private:
@@ -121,33 +125,67 @@ class Pass {
         return scratch_.segments[low];
     }
 
-    const uint8_t* values_of(int64_t item) const {
-        if (item >= scratch_.num_segments * blocks_) return nullptr;
-        const int64_t expert = scratch_.segments[item / blocks_].expert;
-        return weight_.values + (expert * blocks_ + item % blocks_) * block_bytes_;
+    const uint8_t* values_of(int64_t expert, int64_t block) const {
+        return weight_.values + (expert * blocks_ + block) * block_bytes_;
     }
 
-    void compute_block(int64_t item) const {
-        const Segment& segment = scratch_.segments[item / blocks_];
-        const int64_t block = item % blocks_, tables = (segment.expert * blocks_ + block) * groups_ * kBlock;
+    // An item is a block of outputs, or one of gates and the one of what they are multiplied with.
+    void compute_item(int64_t item) const {
+        // Threads claim items in turn, so the next one of this thread is most likely that.
+        const int64_t next_item = item + num_threads_;
+        const uint8_t* next = nullptr;
+        if (next_item < scratch_.num_segments * items_) {
+            next = values_of(scratch_.segments[next_item / items_].expert, next_item % items_);
+        }
+        const Segment& segment = scratch_.segments[item / items_];
+        const int64_t block = item % items_, end = segment.first + segment.rows;
+        for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
+            const int64_t rows = end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows;
+            if (task_.is_gated) {
+                compute_gated(segment.expert, block, row, rows, next);
+            } else {
+                const int64_t outputs = weight_.outputs;
+                const Store store = {task_.y, task_.bias, task_.residual, outputs, outputs, task_.dtype};
+                compute_tiles(tile_of(segment.expert, block), block, row, rows, next, store);
+            }
+        }
+    }
+
+    // Gates and what they are multiplied with are rounded, as if they were written out.
+    void compute_gated(int64_t expert, int64_t block, int64_t row, int64_t rows, const uint8_t* next) const {
+        alignas(64) char both[kTilesAtOnce * kRows * 2 * kBlock * 4];
+        const int64_t bytes = task_.dtype == kFloat32 ? 4 : 2, columns = weight_.outputs / 2;
+        for (int64_t half = 0; half < 2; ++half) {
+            const int64_t part = half * items_ + block;
+            const Store store = {both,        task_.bias,        nullptr,           weight_.outputs,
+                                 2 * kBlock,  task_.dtype,       first_row_ + row,  (part - half) * kBlock};
+            const uint8_t* const following = half == 0 ? values_of(expert, items_ + block) : next;
+            compute_tiles(tile_of(expert, part), part, row, rows, following, store);
+        }
+        char* const y = static_cast<char*>(task_.y) + ((first_row_ + row) * columns + block * kBlock) * bytes;
+        const GatedActivation task = {both, y, rows, kBlock, 2 * kBlock, columns, task_.kind, task_.dtype};
+        with_dtype(task_.dtype, [&](auto* type) {
+            using T = std::remove_pointer_t<decltype(type)>;
+            for (int64_t i = 0; i < rows; ++i) activate_part<T>(task, i, 0, kBlock);
+        });
+    }
+
+    Tile tile_of(int64_t expert, int64_t block) const {
+        const int64_t tables = (expert * blocks_ + block) * groups_ * kBlock;
         const int64_t num_outputs = weight_.outputs - block * kBlock;
         Tile tile = {};
-        tile.values = values_of(item);
+        tile.values = values_of(expert, block);
         tile.scale = weight_.scale == nullptr ? nullptr : weight_.scale + tables;
         tile.zero = weight_.zero == nullptr ? nullptr : weight_.zero + tables;
         tile.groups = groups_;
         tile.steps = padded_inputs(weight_) / groups_ / Format::kStep;
         tile.vectors = num_outputs < kBlock ? (num_outputs + 15) / 16 : kBlock / 16;
-        // Threads claim items in turn, so the next one of this thread is most likely that.
-        const uint8_t* const next = values_of(item + num_threads_);
-        const int64_t end = segment.first + segment.rows;
-        for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
-            compute_tiles(tile, block, row, end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows, next);
-        }
+        return tile;
     }
 
     // Chunk by chunk, so that the tiles after the first find the weights in the first cache.
-    void compute_tiles(Tile tile, int64_t block, int64_t first_row, int64_t num_rows, const uint8_t* next) const {
+    void compute_tiles(Tile tile, int64_t block, int64_t first_row, int64_t num_rows, const uint8_t* next,
+                       const Store& put) const {
         alignas(64) float results[kTilesAtOnce][kRows * kBlock];
         alignas(64) char carried[kTilesAtOnce][kRows * kPlanes * kBlock * 4];
         const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
@@ -163,7 +201,7 @@ class Pass {
             }
         }
         for (int64_t index = 0; index < num_tiles; ++index) {
-            epilogue_(results[index], first_row_ + first_row + index * kRows, rows_of(num_rows, index), block);
+            put(results[index], first_row_ + first_row + index * kRows, rows_of(num_rows, index), block);
         }
     }
 
@@ -217,11 +255,10 @@ class Pass {
 
     const Linear& task_;
     const PackedWeight& weight_;
-    const Epilogue& epilogue_;
     const Scratch scratch_;
     const int64_t first_row_;
     const int num_threads_;
-    const int64_t groups_, blocks_, block_bytes_, row_bytes_;
+    const int64_t groups_, blocks_, block_bytes_, row_bytes_, items_;
 };
 
 // The part of each expert's rows in [first, last).
@@ -236,9 +273,9 @@ inline int64_t find_segments(const Linear& task, int64_t first, int64_t last, Se
     return count;
 }
 
-template <class Format, int kPlanes, class Epilogue>
-int32_t linear_passes(Pool& threads, const Linear& task, const Epilogue& epilogue) {
-    using ThisPass = Pass<Format, kPlanes, Epilogue>;
+template <class Format, int kPlanes>
+int32_t linear_passes(Pool& threads, const Linear& task) {
+    using ThisPass = Pass<Format, kPlanes>;
     const PackedWeight& weight = *task.weight;
     const int64_t most_rows = task.rows < kMostRows ? task.rows : kMostRows;
     uint8_t* const memory = static_cast<uint8_t*>(threads.scratch(ThisPass::scratch_bytes(weight, most_rows)));
@@ -252,7 +289,7 @@ int32_t linear_passes(Pool& threads, const Linear& task, const Epilogue& epilogu
     for (int64_t first = 0; first < task.rows; first += kMostRows) {
         const int64_t last = first + kMostRows < task.rows ? first + kMostRows : task.rows;
         scratch.num_segments = find_segments(task, first, last, scratch.segments);
-        const ThisPass pass(task, epilogue, scratch, first, threads.num_threads());
+        const ThisPass pass(task, scratch, first, threads.num_threads());
         pass.split_rows(threads, last - first);
         pass.multiply(threads);
     }
@@ -261,19 +298,18 @@ int32_t linear_passes(Pool& threads, const Linear& task, const Epilogue& epilogu
 
 template <class Format>
 int32_t linear_format(Pool& threads, const Linear& task) {
-    const Store epilogue = {task.y, task.bias, task.residual, task.weight->outputs, task.dtype};
     constexpr bool kHasPlanes = Format::kIsInteger || (kHasBf16Products && Format::kStep == 2);
     if constexpr (kHasPlanes) {
         // Rounded inputs are whole numbers or e4m3fn, which bf16 holds: one plane.
         if (task.weight->activations == kAsTheyAre && task.dtype == kFloat32) {
-            return linear_passes<Format, 3>(threads, task, epilogue);
+            return linear_passes<Format, 3>(threads, task);
         }
         const int64_t bits_of_plane = Format::kIsInteger ? 7 : 8, bits = task.dtype == kFloat16 ? 11 : 8;
         if (task.weight->activations == kAsTheyAre && bits > bits_of_plane) {
-            return linear_passes<Format, 2>(threads, task, epilogue);
+            return linear_passes<Format, 2>(threads, task);
         }
     }
-    return linear_passes<Format, 1>(threads, task, epilogue);
+    return linear_passes<Format, 1>(threads, task);
 }
 
 int32_t linear(Pool& threads, const Linear& task) {
