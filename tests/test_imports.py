@@ -14,8 +14,9 @@ FOLDERS = {"kernels": "torchinfer.kernels", "serving": "torchinfer.serving", "to
 HOMES = {
     "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu"),
     "torchax": ("torchinfer.kernels.tpu",),
-    "jax": ("torchinfer.kernels.tpu",),
-    "jaxlib": ("torchinfer.kernels.tpu",),
+    "jax": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
+    "jaxlib": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
+    "libtpu": (),
     "triton": ("torchinfer.kernels.cuda",),
     "ctypes": ("torchinfer.kernels.cpu",),
     "grpc": ("torchinfer.serving",),
@@ -27,6 +28,8 @@ HOMES = {
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
+    "torchinfer.aot",
+    "torchinfer.aot_compiler",
     "torchinfer.async_engine",
     "torchinfer.config",
     "torchinfer.engine_info",
@@ -79,6 +82,7 @@ LAYERS = (
     ("torchinfer.engine_info",),
     ("torchinfer.fake_gcs_objects",),
     ("torchinfer.evaluation.options",),
+    ("torchinfer.aot", "torchinfer.aot_compiler"),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     (
         "torchinfer.errors",
