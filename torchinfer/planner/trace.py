@@ -1,4 +1,5 @@
-"""A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory.
+"""A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory. Run as a
+process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
 
 One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
 all-reduce behind each row-parallel layer and the embeddings, and logits gathered. What chips do with token ids outside
@@ -7,8 +8,12 @@ of their rows of the vocabulary is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch_xla
@@ -22,18 +27,44 @@ from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.planner.footprint import local_config
-from torchinfer.planner.source import ModelSource
+from torchinfer.planner.source import ModelSource, read_source
 from torchinfer.step_input import StepShape, unpack
 
 REDUCED = ("attention.output", "mlp")  # ends of the names of modules whose results are parts of a sum
 
 
+MLIR_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float8_e4m3fn: "f8E4M3FN",
+    torch.int8: "i8",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """`text` has the outputs logits [R, V], hidden [T, H], and each cache tensor, which may be written in place."""
+    """A program with the outputs logits [R, V], hidden [T, H], and each cache tensor, written in place."""
 
     text: str
-    cache_types: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    donated: tuple[int, ...]  # the arguments that are caches
+
+
+def main() -> None:
+    """Trace what FOLDER/request.json asks for; write FOLDER/module.mlir and FOLDER/traced.json."""
+    folder = Path(sys.argv[1])
+    request = json.loads((folder / "request.json").read_text())
+    source = read_source(request["model"], request["dtype"], request["quantization"])
+    traced = trace_step(
+        source,
+        request["num_chips"],
+        StepShape(*request["shape"]),
+        getattr(torch, request["cache_dtype"]),
+        request["num_pages"],
+        request["page_size"],
+    )
+    (folder / "module.mlir").write_text(traced.text)
+    (folder / "traced.json").write_text(json.dumps({"donated": traced.donated}))
 
 
 @torch.no_grad()
@@ -44,10 +75,12 @@ def trace_step(
     cache_dtype: torch.dtype,
     num_pages: int,
     page_size: int,
-    num_layers: int | None = None,  # the first ones; None: all
 ) -> TracedStep:
-    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips."""
-    config = _first_layers(local_config(source.config, num_chips), num_layers)
+    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
+
+    For several chips once in a process: torch_xla makes each all-reduce wait for the one before, of other graphs too.
+    """
+    config = local_config(source.config, num_chips)
     model = source.build(config).eval()
     kernels.load_ports("xla")
     _fill(model, source.dtype)
@@ -60,16 +93,17 @@ def trace_step(
     logits = gather(model.logits(hidden[step.sample_index]))
     tensors = [tensor for cache in caches for tensor in cache.tensors]
     text: str = xla_model.get_stablehlo([logits, hidden, *tensors])
-    return TracedStep(text, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
+    return TracedStep(text, cache_arguments(text, types))
 
 
-def _first_layers(config: ModelConfig, num_layers: int | None) -> ModelConfig:
-    if num_layers is None or num_layers >= config.num_layers:
-        return config
-    moe = config.moe
-    if moe is not None:
-        moe = replace(moe, layers=tuple(layer for layer in moe.layers if layer < num_layers))
-    return replace(config, num_layers=num_layers, windows=config.windows[:num_layers], moe=moe)
+def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
+    """The arguments of a program that have the type of a cache tensor, such as 2x65x16x8xf32; no others do."""
+    header = next(line for line in text.splitlines() if "func.func @main(" in line)
+    arguments = re.findall(r"%arg\d+: tensor<([^>]*)>", header)
+    found = tuple(index for index, argument in enumerate(arguments) if argument in caches)
+    assert len(found) == len(caches), f"{len(found)} arguments look like {len(caches)} caches"
+    return found
 
 
 def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -114,3 +148,7 @@ def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dty
     shape = (2, num_pages, page_size, config.num_kv_heads)
     data = _placeholder((*shape, config.head_dim), dtype)
     return KVCache(data, _placeholder(shape, torch.float32) if dtype in SCALED else None)
+
+
+if __name__ == "__main__":
+    main()
