@@ -17,6 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what cannot run here. XLA has a CPU device, so only a missing torch_xla is a reason there."""
     missing = {
         "xla": None if importlib.util.find_spec("torch_xla") else "torch_xla is not installed",
+        "libtpu": None if importlib.util.find_spec("libtpu") else "libtpu is not installed",
         "cuda": None if torch.cuda.is_available() else "there is no CUDA device",
     }
     if any(item.get_closest_marker("fuse") for item in items):

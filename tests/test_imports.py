@@ -12,10 +12,11 @@ FOLDERS = {"kernels": "torchinfer.kernels", "serving": "torchinfer.serving", "to
 
 # Where a toolchain may be imported: a module, or a package with all that is in it.
 HOMES = {
-    "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu"),
+    "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu", "torchinfer.planner.trace"),
     "torchax": ("torchinfer.kernels.tpu",),
-    "jax": ("torchinfer.kernels.tpu",),
-    "jaxlib": ("torchinfer.kernels.tpu",),
+    "jax": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
+    "jaxlib": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
+    "libtpu": (),
     "triton": ("torchinfer.kernels.cuda",),
     "ctypes": ("torchinfer.kernels.cpu",),
     "grpc": ("torchinfer.serving",),
@@ -27,6 +28,8 @@ HOMES = {
     "transformers": ("torchinfer.tokenizer", "torchinfer.testing"),
 }
 WITHOUT_TORCH = (
+    "torchinfer.aot",
+    "torchinfer.aot_compiler",
     "torchinfer.async_engine",
     "torchinfer.config",
     "torchinfer.engine_info",
@@ -57,6 +60,7 @@ LAYERS = (
     ("torchinfer.console",),
     ("torchinfer.serving",),
     ("torchinfer.planner.table", "torchinfer.planner.chart"),
+    ("torchinfer.planner.compiled",),
     ("torchinfer.planner.planner",),
     ("torchinfer.evaluation.report",),
     ("torchinfer.evaluation.plot", "torchinfer.evaluation.table"),
@@ -67,6 +71,7 @@ LAYERS = (
     ("torchinfer.llm", "torchinfer.async_engine"),
     ("torchinfer.engine_loop",),
     ("torchinfer.planner.roofline", "torchinfer.planner.capacity"),
+    ("torchinfer.planner.trace",),
     ("torchinfer.planner.footprint",),
     ("torchinfer.planner.source",),
     ("torchinfer.startup",),
@@ -87,6 +92,7 @@ LAYERS = (
     ("torchinfer.engine_info",),
     ("torchinfer.fake_gcs_objects",),
     ("torchinfer.evaluation.options", "torchinfer.planner.options"),
+    ("torchinfer.aot", "torchinfer.aot_compiler"),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     (
         "torchinfer.errors",

@@ -278,13 +278,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     options = planner.PlanOptions(**planner.PLAN.values(arguments))
     from torchinfer.planner.chart import write_chart
+    from torchinfer.planner.compiled import compile_steps
     from torchinfer.planner.planner import plan
     from torchinfer.planner.table import to_dict, to_text
 
     found = plan(options)
+    compiled = compile_steps(found, options) if options.compile else []
     if options.plot is not None:
         write_chart(found, options.plot)
-    print(json.dumps(to_dict(found), indent=2) if arguments.json else to_text(found))
+    print(json.dumps(to_dict(found, compiled), indent=2) if arguments.json else to_text(found, compiled))
     return 0
 
 

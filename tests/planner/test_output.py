@@ -22,6 +22,9 @@ FLAGS = {
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
     "page_size": ("--page-size 32", 32),
     "plot": ("--plot p", "p"),
+    "compile": ("--compile", True),
+    "batch": ("--batch 7", 7),
+    "compile_seconds": ("--compile-seconds 8", 8.0),
 }
 
 
@@ -77,6 +80,7 @@ def test_what_does_not_divide_is_in_the_table_with_its_reason(models):
         ("llama-2-7b", {"quantization": "fp8"}, "v5e, v5p: no unit for fp8"),
         ("llama-2-7b", {"kv_cache_dtype": "fp8"}, "v5e, v5p: no unit for fp8"),
         ("qwen3-30b-a3b", {"topology": "2x4"}, "v5e 2x4: each of 4 KV heads is held by 2 chips"),
+        ("falcon-7b", {"context": 128}, "v5e: heads of 64 numbers take the room of 128"),
         ("llama-2-70b", {"topology": "4x4"}, "v5e 4x4: 4 hosts, one process on each"),
     ],
 )
@@ -86,7 +90,7 @@ def test_notes(models, name, options, note):
 
 def test_notes_are_about_this_plan_only(models):
     text = "\n".join(notes(models.plan("llama-2-7b", quantization="int8")))
-    for word in ("fp8", "hosts", "held by", "layers see", "float32", "assumed"):
+    for word in ("fp8", "hosts", "held by", "layers see", "float32", "assumed", "take the room"):
         assert word not in text.replace("latency is an assumption", "")
 
 

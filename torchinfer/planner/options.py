@@ -15,6 +15,7 @@ EXAMPLES = """examples:
   torchinfer plan --model path/to/checkpoint
   torchinfer plan --model path/to/config.json --quantization int8 --kv-cache int8 --accelerator v5e
   torchinfer plan --model path/to/config.json --accelerator v5p --topology 2x2x1 --context 8192 --price 2.10
+  torchinfer plan --model path/to/config.json --quantization int8 --accelerator v5e --context 1024 --compile --batch 8
   torchinfer plan --model path/to/config.json --quantization int8 --plot plan.svg --json | jq .placements
 
 Needs config.json and nothing else: no weights, no accelerator. docs/planning.md tells how to read the numbers."""
@@ -35,6 +36,9 @@ class PlanOptions:
     max_num_batched_tokens: int = 512
     page_size: int = 16
     plot: str | Path | None = None  # SVG file to write
+    compile: bool = False  # with the TPU's own compiler
+    batch: int | None = None  # requests of the decode step that is compiled; None: 64, or what fits if that is less
+    compile_seconds: float = 900.0  # for each program
 
 
 PLAN = FlagSet(
@@ -54,6 +58,9 @@ PLAN = FlagSet(
         "max_num_batched_tokens": "tokens of a prompt that one step computes",
         "page_size": "tokens in a page of the KV cache, a power of two",
         "plot": "write an SVG: tokens a second and memory against the batch",
+        "compile": "compile a decode and a prefill step with the TPU's own compiler, which needs no TPU",
+        "batch": "requests of the decode step that is compiled (default: 64, or what fits if that is less)",
+        "compile_seconds": "give up a program after so long",
     },
     choices={"kv_cache_dtype": KV_CACHE_DTYPES, "dtype": DTYPES, "accelerator": KINDS},
     names={"kv_cache_dtype": ("--kv-cache", "--kv-cache-dtype")},

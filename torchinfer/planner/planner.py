@@ -176,6 +176,10 @@ def _problems(options: PlanOptions, config: ModelConfig) -> Iterator[str]:
         yield f"max_num_batched_tokens={options.max_num_batched_tokens} must be at least 1"
     if page_size < 1 or page_size & (page_size - 1):
         yield f"page_size={page_size} must be a power of two"
+    if options.batch is not None and options.batch < 1:
+        yield f"batch={options.batch} must be at least 1"
+    if not options.compile_seconds > 0:
+        yield f"compile_seconds={options.compile_seconds} must be positive"
     if options.topology is not None:
         yield from _topology_problems(options, options.topology, config)
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from torchinfer import aot
 from torchinfer.device import DEFAULT_CACHE_SHARE
 from torchinfer.evaluation.table import columns
 from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.planner.capacity import WEIGHT_SHARE
+from torchinfer.planner.compiled import CompiledStep
 from torchinfer.planner.planner import Placement, Plan, Speed
 from torchinfer.planner.roofline import LEFT_OUT, Step, price_per_million
 from torchinfer.planner.source import UNREAD
@@ -30,10 +32,38 @@ PLACES = (
     "requests",
 )
 STEPS = ("step", "limit", "ms", "tokens/s", "$/M tokens", "GB read", "GFLOP", "ms between chips")
+COMPILED = (
+    "compiled for",
+    "step",
+    "tokens",
+    "requests",
+    "GB",
+    "of it temp.",
+    "of memory",
+    "cache tokens",
+    "GFLOP",
+    "GB moved",
+    "x needed",
+    "ms, est.",
+    "collectives",
+    "kernels",
+    "compile s",
+)
+COMPILED_NOTES = (
+    "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
+    "GB: arguments, with the cache of so many requests of full length, temporaries and code; cache tokens: that fit if "
+    "the temporaries do not grow with the cache. GB moved: by XLA's cost model, and how many times weights and cache "
+    "of the requests that is. ms: the compiler's cycles of the operations that it estimates, one after the other: "
+    "without gathers, kernels, transfers and waiting.",
+    "Where there are no kernels, attention gathers the pages of every token's request (kernels/tpu/paged_attention.py) "
+    "and experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py): formulations for "
+    "correctness, which move far more than is needed.",
+)
+LANES = 128  # numbers in a row of a TPU's tile
 RULE = round(100 * WEIGHT_SHARE)
 
 
-def to_text(plan: Plan) -> str:
+def to_text(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> str:
     """The model, where it fits, how fast it may be there, and what the numbers leave out."""
     source = plan.source
     lines = [
@@ -47,7 +77,9 @@ def to_text(plan: Plan) -> str:
     ]
     for speed in plan.speeds:
         lines += ["", f"{speed.placement.name}: {_price(speed)}", *columns([STEPS, *_step_cells(plan, speed)])]
-    lines += ["", *(f"- {note}" for note in notes(plan))]
+    if compiled:
+        lines += ["", *_compiled_table(compiled)]
+    lines += ["", *(f"- {note}" for note in [*notes(plan), *(COMPILED_NOTES if compiled else ())])]
     return "\n".join(lines)
 
 
@@ -100,6 +132,35 @@ def _cells(name: str, steps: Sequence[Step], speed: Speed) -> tuple[str, ...]:
     )
 
 
+def _compiled_table(steps: Sequence[CompiledStep]) -> list[str]:
+    """What was compiled, and why the rest was not."""
+    lines = columns([COMPILED, *map(_compiled_cells, steps)])
+    return lines + [f"{each.placement.name}, {each.kind}: {each.error}" for each in steps if each.error is not None]
+
+
+def _compiled_cells(step: CompiledStep) -> tuple[str, ...]:
+    named = (step.placement.name, step.kind, f"{step.shape.num_tokens:,}", f"{step.shape.num_requests:,}")
+    program = step.program
+    if program is None:
+        return (*named, "does not compile", *("-",) * 9, f"{step.seconds:.0f}")
+    assert step.placement.capacity is not None
+    collectives = ", ".join(f"{count} {name}" for name, count in sorted(step.collectives.items()))
+    return (
+        *named,
+        f"{program.peak_bytes / 1e9:.2f}",
+        f"{program.temporary_bytes / 1e9:.2f}",
+        f"{program.peak_bytes / step.placement.capacity.memory_bytes:.0%}",
+        f"{step.num_tokens_left:,}",
+        f"{program.flops / 1e9:,.0f}",
+        f"{program.bytes_accessed / 1e9:,.1f}",
+        f"{program.bytes_accessed / step.needed_bytes:.2f}",
+        f"{1000 * step.estimated_seconds:,.1f}",
+        collectives or "none",
+        str(step.num_kernels),
+        f"{step.seconds:.0f}",
+    )
+
+
 def notes(plan: Plan) -> Iterator[str]:
     """How to read the numbers of this plan."""
     yield f"These are limits of the hardware, not measurements: they leave out {LEFT_OUT}"
@@ -131,6 +192,14 @@ def _chip_notes(plan: Plan) -> Iterator[str]:
             yield f"{place.name}: each of {kv_heads} KV heads is held by {copies} chips."
         if topology.num_hosts > 1:
             yield f"{place.name}: {topology.num_hosts} hosts, one process on each."
+    head_dim = plan.source.config.head_dim
+    tpus = [s.placement.accelerator.name for s in plan.speeds if s.placement.accelerator.name in aot.CHIPS]
+    if tpus and head_dim % LANES:
+        room = -(-head_dim // LANES) * LANES
+        yield (
+            f"{', '.join(tpus)}: heads of {head_dim} numbers take the room of {room} in the tiles of a TPU, so that "
+            f"the cache may take {room / head_dim:.2g} times as much as is counted here; --compile tells."
+        )
     parts = [speed.placement.footprint for speed in plan.speeds]
     stored = {plan.cache_dtype, *(product.stored for part in parts if part for product in part.products)}
     lacking = [s.placement.accelerator.name for s in plan.speeds if "fp8" not in s.placement.accelerator.peak_flops]
@@ -140,7 +209,7 @@ def _chip_notes(plan: Plan) -> Iterator[str]:
         yield "float32: the peak of bfloat16 is taken; give --dtype bfloat16 to halve weights and cache."
 
 
-def to_dict(plan: Plan) -> dict[str, Any]:
+def to_dict(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> dict[str, Any]:
     """Bytes, seconds, USD."""
     source = plan.source
     return {
@@ -156,6 +225,7 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "page_size": plan.page_size,
         "placements": [_place_dict(each) for each in plan.placements],
         "speeds": [_speed_dict(each) for each in plan.speeds],
+        "compiled": [each.to_dict() for each in compiled],
         "notes": list(notes(plan)),
     }
 

@@ -1,0 +1,183 @@
+"""`--compile`: small models through the real TPU compiler, and what is said where it cannot be."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+
+from torchinfer.errors import ConfigError, DeviceError
+from torchinfer.planner import compiled
+from torchinfer.planner.compiled import compile_steps, explain
+from torchinfer.planner.options import PlanOptions
+from torchinfer.planner.planner import plan
+from torchinfer.planner.source import read_source
+from torchinfer.planner.table import to_dict, to_text
+from torchinfer.step_input import StepShape
+
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+# Model -> what makes it small. One of each kind of block.
+FAMILIES = {
+    "falcon-7b": {"hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 4096},
+    "gemma-2-9b": {**SMALL, "head_dim": 128, "sliding_window": 64},
+    "gpt-j-6b": {"n_embd": 512, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "vocab_size": 4096},
+    "llama-3-8b": SMALL,
+    "mixtral-8x7b": SMALL,
+    "qwen3-30b-a3b": {**SMALL, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2},
+}
+HBM = (
+    "the compiler for v5e:1x1 refuses the program: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of "
+    "memory in memory space hbm. Used 17.66G of 15.75G hbm. Exceeded hbm capacity by 1.91G."
+)
+VMEM = "Ran out of memory in memory space vmem. Used 140.00M of 128.00M vmem."
+
+
+def planned(models, name, accelerator="v5e", topology="1x1", **more):
+    options = PlanOptions(
+        model=models.path(name, **FAMILIES[name]),
+        dtype="bfloat16",
+        accelerator=accelerator,
+        topology=topology,
+        **{"context": 128, "max_num_batched_tokens": 32, "batch": 8, "kv_cache_dtype": "int8", **more},
+    )
+    return plan(options), options
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_kind_of_block_is_traced(models, name):
+    """All caches may be written in place."""
+    from torchinfer.planner.trace import trace_step
+
+    source = read_source(models.path(name, **FAMILIES[name]), "bfloat16", "int8")
+    traced = trace_step(source, 1, StepShape(16, 8, 8), torch.int8, num_pages=65, page_size=16)
+    assert len(traced.donated) == 2 * 2
+    assert "stablehlo.all_" not in traced.text
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("name", ["gpt-j-6b", "mixtral-8x7b"])
+def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name):
+    """Two all-reduces a layer and one for the embeddings; logits are gathered; caches are a quarter."""
+    seen = []
+
+    def record(text, topology, **options):
+        seen.append((text, topology, options))
+        raise ConfigError(HBM)
+
+    monkeypatch.setattr(compiled.aot, "compile_hlo", record)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    found, options = planned(models, name, "v5e", "2x2", quantization="int8")
+    compile_steps(found, options)
+    text, topology, given = seen[0]
+    assert text.count("stablehlo.all_reduce") == 5
+    assert text.count("stablehlo.all_gather") == 1
+    assert "tensor<2x65x16x1x128xi8>" in text
+    assert (topology, given["num_devices"], given["is_replicated"], len(given["donate"])) == ("v5e:2x2", 4, True, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.xla
+@pytest.mark.libtpu
+@pytest.mark.parametrize(
+    ("name", "accelerator", "topology"), [("llama-3-8b", "v5e", "2x2"), ("mixtral-8x7b", "v5p", "2x2x1")]
+)
+def test_the_compiler_agrees_with_the_arithmetic(models, name, accelerator, topology):
+    """Arguments are weights and cache, which is written in place, the step's integers, and what pads tiles. A layer
+    has two all-reduces, the embeddings one; logits are gathered."""
+    found, options = planned(models, name, accelerator, topology, quantization="int8")
+    decode, prefill = compile_steps(found, options)
+    part, capacity = found.placements[0].footprint, found.placements[0].capacity
+    for step in (decode, prefill):
+        assert step.error is None
+        known = part.weight_bytes + step.num_pages * part.page_bytes
+        assert known <= step.program.argument_bytes < 1.2 * known
+        assert step.num_pages * part.page_bytes <= step.cache_bytes < 1.2 * step.num_pages * part.page_bytes
+        assert step.collectives == {"all-reduce": 5, "all-gather": 1}
+        assert step.program.flops > 0 < step.estimated_seconds
+        left = step.num_tokens_left * part.kv_bytes_per_token
+        assert 0.8 * capacity.memory_bytes < left < capacity.memory_bytes - part.weight_bytes
+    assert (decode.shape.num_tokens, decode.shape.num_requests, decode.num_pages) == (16, 8, 8 * 8 + 1)
+    assert (prefill.shape.num_tokens, prefill.shape.num_requests) == (32, 8)
+    data = to_dict(found, [decode])["compiled"][0]
+    assert (data["collectives"], data["error"]) == (decode.collectives, None)
+    text = to_text(found, [decode])
+    assert "1 all-gather, 5 all-reduce" in text
+    assert "attention gathers the pages" in text
+
+
+@pytest.mark.xla
+def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkeypatch):
+    def refuse(*args, **options):
+        raise ConfigError(HBM)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled.aot, "compile_hlo", refuse)
+    found, options = planned(models, "llama-3-8b")
+    decode, _ = compile_steps(found, options)
+    assert decode.program is None
+    assert decode.error == explain(HBM)
+    text = to_text(found, [decode])
+    assert "does not compile" in text
+    assert f"v5e 1x1, decode: {decode.error}" in text
+    assert to_dict(found, [decode])["compiled"][0]["error"] == decode.error
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        (HBM, "take 17.66GiB of 15.75GiB on each chip; use more chips, fewer bits"),
+        (VMEM, "a kernel needs 140.00MiB of the 128.00MiB of vmem: its blocks are too large"),
+        ("the compiler for v5e:1x1 did not end in 5 s; allow more", "give a larger --compile-seconds"),
+        ("the compiler for v5e:1x1 ended with code -9: ", "this machine's memory ran out; use a larger machine"),
+        ("the compiler for v5e:1x1 ended with code 1: no rule", "the compiler refuses it: .*no rule"),
+    ],
+)
+def test_what_the_compiler_says_is_put_into_plain_words(error, meaning):
+    assert re.search(meaning, explain(error))
+
+
+def test_gpus_are_not_compiled_for(models):
+    found, options = planned(models, "llama-3-8b", "l4", "1")
+    with pytest.raises(ConfigError, match="fits no TPU that was asked for \\(accelerator='l4'\\); use v5e or v5p"):
+        compile_steps(found, options)
+
+
+@pytest.mark.parametrize("module", ["torch_xla", "libtpu"])
+def test_what_is_missing_is_named(models, monkeypatch, module):
+    found, options = planned(models, "llama-3-8b")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else name)
+    with pytest.raises(DeviceError, match=f"--compile needs {module}, which is not installed; pip install"):
+        compile_steps(found, options)
+
+
+def test_a_machine_without_memory_is_told_so(models, monkeypatch):
+    found, options = planned(models, "llama-3-8b")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiled, "free_memory_bytes", lambda device: 2**30)
+    with pytest.raises(DeviceError, match=r"about 2 GiB of this machine's memory and 1.0 GiB are free"):
+        compile_steps(found, options)
+
+
+def test_a_batch_that_does_not_fit_is_refused(models, monkeypatch):
+    found, options = planned(models, "llama-3-8b", batch=10**6)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    most = found.placements[0].capacity.num_requests
+    with pytest.raises(ConfigError, match=f"batch=1000000 does not fit v5e 1x1, which holds {most} requests"):
+        compile_steps(found, options)
+
+
+def test_a_step_that_cannot_be_traced_in_time_says_so(models, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    found, options = planned(models, "llama-3-8b", compile_seconds=0.01)
+    steps = compile_steps(found, options)
+    assert [step.error for step in steps] == [
+        "the step could not be traced within compile_seconds=0.01; allow more",
+    ] * 2

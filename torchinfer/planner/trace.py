@@ -1,0 +1,154 @@
+"""A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory. Run as a
+process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
+
+One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
+all-reduce behind each row-parallel layer and the embeddings, and logits gathered. What chips do with token ids outside
+of their rows of the vocabulary is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xla_builder
+import torch_xla.core.xla_model as xla_model
+from torch import Tensor, nn
+
+from torchinfer import kernels
+from torchinfer.batch import KVCache
+from torchinfer.kv_cache.tensors import SCALED
+from torchinfer.models.config import ModelConfig
+from torchinfer.models.decoder import Decoder
+from torchinfer.planner.footprint import local_config
+from torchinfer.planner.source import ModelSource, read_source
+from torchinfer.step_input import StepShape, unpack
+
+REDUCED = ("attention.output", "mlp")  # ends of the names of modules whose results are parts of a sum
+
+
+MLIR_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float32: "f32",
+    torch.float8_e4m3fn: "f8E4M3FN",
+    torch.int8: "i8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """A program with the outputs logits [R, V], hidden [T, H], and each cache tensor, written in place."""
+
+    text: str
+    donated: tuple[int, ...]  # the arguments that are caches
+
+
+def main() -> None:
+    """Trace what FOLDER/request.json asks for; write FOLDER/module.mlir and FOLDER/traced.json."""
+    folder = Path(sys.argv[1])
+    request = json.loads((folder / "request.json").read_text())
+    source = read_source(request["model"], request["dtype"], request["quantization"])
+    traced = trace_step(
+        source,
+        request["num_chips"],
+        StepShape(*request["shape"]),
+        getattr(torch, request["cache_dtype"]),
+        request["num_pages"],
+        request["page_size"],
+    )
+    (folder / "module.mlir").write_text(traced.text)
+    (folder / "traced.json").write_text(json.dumps({"donated": traced.donated}))
+
+
+@torch.no_grad()
+def trace_step(
+    source: ModelSource,
+    num_chips: int,
+    shape: StepShape,
+    cache_dtype: torch.dtype,
+    num_pages: int,
+    page_size: int,
+) -> TracedStep:
+    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
+
+    For several chips once in a process: torch_xla makes each all-reduce wait for the one before, of other graphs too.
+    """
+    config = local_config(source.config, num_chips)
+    model = source.build(config).eval()
+    kernels.load_ports("xla")
+    _fill(model, source.dtype)
+    gather = _connect(model, num_chips)
+    caches = [_cache(config, num_pages, page_size, cache_dtype) for _ in range(config.num_layers)]
+    ints = _placeholder((shape.num_forward,), torch.int32)
+    last_ids = _placeholder((shape.num_requests,), torch.int32)
+    step = unpack(ints, shape, page_size, None).fed(last_ids)
+    hidden = model(step.batch, caches)
+    logits = gather(model.logits(hidden[step.sample_index]))
+    tensors = [tensor for cache in caches for tensor in cache.tensors]
+    text: str = xla_model.get_stablehlo([logits, hidden, *tensors])
+    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
+    return TracedStep(text, cache_arguments(text, types))
+
+
+def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
+    """The arguments of a program that have the type of a cache tensor, such as 2x65x16x8xf32; no others do."""
+    header = next(line for line in text.splitlines() if "func.func @main(" in line)
+    arguments = re.findall(r"%arg\d+: tensor<([^>]*)>", header)
+    found = tuple(index for index, argument in enumerate(arguments) if argument in caches)
+    assert len(found) == len(caches), f"{len(found)} arguments look like {len(caches)} caches"
+    return found
+
+
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = xla_builder.create_placeholder_tensor(shape, dtype)
+    return tensor
+
+
+def _fill(model: Decoder, dtype: torch.dtype) -> None:
+    """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = _placeholder(tuple(parameter.shape), dtype)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            is_constant = not buffer.is_meta
+            value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
+            setattr(module, name, value)
+
+
+def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
+    """Let modules with parts of a sum add them up over all chips; what gathers the logits."""
+    if num_chips == 1:
+        return lambda logits: logits
+    groups = [list(range(num_chips))]
+
+    def reduce(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", output, 1.0, groups, False)
+        return reduced
+
+    def gather(logits: Tensor) -> Tensor:
+        gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
+        return gathered
+
+    for name, module in model.named_modules():
+        if name.endswith(REDUCED):
+            module.register_forward_hook(reduce)
+    model.embedding.register_forward_hook(reduce)
+    return gather
+
+
+def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
+    shape = (2, num_pages, page_size, config.num_kv_heads)
+    data = _placeholder((*shape, config.head_dim), dtype)
+    return KVCache(data, _placeholder(shape, torch.float32) if dtype in SCALED else None)
+
+
+if __name__ == "__main__":
+    main()
