@@ -89,7 +89,7 @@ LAYERS = (
     ("torchinfer.quantization",),
     ("torchinfer.kernels",),
     BACKENDS,
-    ("torchinfer.engine_info",),
+    ("torchinfer.engine_info", "torchinfer.layer_parts"),
     ("torchinfer.fake_gcs_objects",),
     ("torchinfer.evaluation.options", "torchinfer.planner.options"),
     ("torchinfer.aot", "torchinfer.aot_compiler"),
@@ -177,7 +177,8 @@ def torch_where_it_is_not_needed(imports: list[Import]) -> list[Import]:
 def imports_of_the_library_by_backends(imports: list[Import]) -> list[Import]:
     def is_allowed(found: Import) -> bool:
         backend = next(name for name in BACKENDS if is_in(found.of, (name,)))
-        if found.is_typing_only and found.module in ("torchinfer.batch", "torchinfer.quantized_weight"):
+        plain = ("torchinfer.batch", "torchinfer.layer_parts", "torchinfer.quantized_weight")
+        if found.is_typing_only and found.module in plain:
             return True
         # A port may build upon the reference, never upon another port.
         return not is_in(found.module, ("torchinfer",)) or is_in(
