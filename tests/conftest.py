@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed jax would look for a TPU
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what cannot run here. XLA has a CPU device, so only a missing torch_xla is a reason there."""

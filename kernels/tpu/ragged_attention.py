@@ -1,0 +1,184 @@
+"""Ragged paged attention for TPU v5: decodes and chunks of prompts in one kernel, which also writes the cache.
+
+A plain function of jax. The cache is bfloat16, int8 or e4m3 with a scale for each token and KV head; scales meet scores
+and probabilities, never keys and values. Source: arXiv 2604.15464 (ragged), 2309.06180 (paged).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torchinfer.kernels.tpu.attention_chunk import KernelConfig
+from torchinfer.kernels.tpu.attention_plan import plan_attention
+from torchinfer.kernels.tpu.page_layout import (
+    FORMATS,
+    LANES,
+    SUBLANES,
+    PageLayout,
+    round_up,
+    to_bits,
+    to_tiles,
+)
+from torchinfer.kernels.tpu.ragged_attention_kernel import attention_kernel
+
+MAX_GROUP_SIZE = 128
+BLOCK_BYTES = 2**20  # of pages at once: more than what is on its way during the memory's latency
+MAX_CHUNK_PAGES = 16
+PREFILL_ROWS = 128  # of queries for each KV head: the matrix unit's height
+VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
+
+
+def make_config(
+    layout: PageLayout,
+    num_heads: int,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    num_cores: int = 1,
+    fetch_pages: int | None = None,
+) -> KernelConfig:
+    """The sizes of blocks for a model's heads.
+
+    A decode computes as many pages at once as are about a mebibyte, a power of two up to 16: fewer leave the matrix
+    unit waiting for itself. It fetches a whole number of such chunks, at least a mebibyte.
+
+    Raises:
+        ValueError: for heads, a dtype or a window that the kernel cannot take.
+    """
+    heads = layout.num_kv_heads
+    if layout.dtype not in FORMATS:
+        raise ValueError(f"a cache of dtype {layout.dtype} is not among {', '.join(FORMATS)}")
+    if num_heads % heads or not 1 <= num_heads // heads <= MAX_GROUP_SIZE:
+        raise ValueError(
+            f"{num_heads} query heads over {heads} KV heads: each KV head needs 1 to {MAX_GROUP_SIZE} whole query heads"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} lets a token see nothing; it must be at least 1")
+    fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= BLOCK_BYTES * 9 // 8]
+    chunk = min(fits[0] if fits else 1, fetch_pages or MAX_CHUNK_PAGES)
+    fetch = fetch_pages or chunk * -(-BLOCK_BYTES // (chunk * layout.page_bytes))
+    if fetch % chunk:
+        raise ValueError(f"fetch_pages={fetch} is no multiple of the {chunk} pages that are computed at once")
+    prefill_tokens = min(32, max(SUBLANES, PREFILL_ROWS // (num_heads // heads) // SUBLANES * SUBLANES))
+    return KernelConfig(layout, num_heads, fetch, chunk, 1, prefill_tokens, window, soft_cap, num_cores)
+
+
+def ragged_paged_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    key_scale: Array | None,
+    value_scale: Array | None,
+    pages: Array,
+    query_start: Array,
+    kv_length: Array,
+    page_table: Array,
+    *,
+    config: KernelConfig,
+    scale: float,
+    interpret: Any = False,
+) -> tuple[Array, Array]:
+    """Write each token's key and value into its page, then attend: see the door's paged_attention.
+
+    query: [T, H, D]; key, value: [T, K, D] of the cache's dtype, with scales [T, K] float32 unless it is bfloat16;
+    pages: int32 [P, rows, 128] (see `page_layout`), written in place; query_start [R + 1], kv_length [R] (0: an empty
+    row), page_table [R, max_pages] int32. A row's tokens are the last ones of its context, and on pages that no other
+    row writes. Returns float32 [T, H, D], zeros for tokens of no row, and the pages.
+    """
+    _check(query, key, pages, page_table, config)
+    num_tokens, num_heads, head_dim = query.shape
+    layout = config.layout
+    plan = plan_attention(
+        query_start,
+        kv_length,
+        num_tokens,
+        prefill_tokens=config.prefill_tokens,
+        block_tokens=config.block_tokens,
+        window=config.window,
+        num_cores=config.num_cores,
+    )
+    room = (0, config.prefill_tokens)  # a query block may begin at the last token
+    widths = (room, (0, config.query_heads - num_heads), (0, config.key_width - head_dim))
+    queries = jnp.pad(query.astype(jnp.float32) * scale, widths)
+    new = jnp.pad(fresh_rows(key, value, key_scale, value_scale, layout), (room, (0, 0), (0, 0)))
+    out, pages = _call(config, num_tokens, pages.shape, interpret)(*plan, page_table, queries, new, pages)
+    lane = layout.value_lane
+    is_live = jnp.arange(num_tokens) < jnp.where(kv_length > 0, query_start[1:], 0).max()
+    return jnp.where(is_live[:, None, None], out[:, :num_heads, lane : lane + head_dim], 0), pages
+
+
+def fresh_rows(
+    key: Array, value: Array, key_scale: Array | None, value_scale: Array | None, layout: PageLayout
+) -> Array:
+    """New tokens as the kernel inserts them: int32 [T, rows, 128], bits of numbers, then scales in all lanes."""
+    num_tokens = key.shape[0]
+    words = to_bits(to_tiles(key, value, layout)).reshape(num_tokens, -1, LANES)
+    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % SUBLANES), (0, 0)))
+    if key_scale is None or value_scale is None:
+        return words
+    bits = jax.lax.bitcast_convert_type(jnp.concatenate((key_scale, value_scale), 1), jnp.int32)
+    bits = jnp.pad(bits, ((0, 0), (0, layout.scale_rows - bits.shape[1])))
+    return jnp.concatenate((words, jnp.broadcast_to(bits[:, :, None], (*bits.shape, LANES))), 1)
+
+
+def _check(query: Array, key: Array, pages: Array, page_table: Array, config: KernelConfig) -> None:
+    layout = config.layout
+    problems = [
+        (query.shape[1:], (config.num_heads, layout.head_dim), "query's heads and head size"),
+        (key.shape[1:], (layout.num_kv_heads, layout.head_dim), "key's heads and head size"),
+        (key.dtype, jnp.dtype(layout.dtype), "key's dtype"),
+        (pages.shape, layout.shape(pages.shape[0]), "shape of pages"),
+    ]
+    found = [f"{name} {value} is not {wanted}" for value, wanted, name in problems if value != wanted]
+    if found:
+        raise ValueError("; ".join(found))
+
+
+@functools.lru_cache
+def _call(config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], interpret: Any) -> Any:
+    layout, most = config.layout, config.prefill_tokens
+    heads, rows, width = layout.num_kv_heads, config.rows(most), config.key_width
+    fresh = round_up(heads * layout.num_tiles, SUBLANES) + layout.scale_rows
+    operand = jnp.int8 if layout.dtype == "int8" else jnp.bfloat16
+    scratch = [
+        pltpu.VMEM((2, config.fetch_pages, layout.num_rows, LANES), jnp.int32),
+        pltpu.VMEM((2, most, config.query_heads, width), jnp.float32),
+        pltpu.VMEM((2, most, fresh, LANES), jnp.int32),
+        pltpu.VMEM((most, config.out_heads, width), jnp.float32),
+        pltpu.VMEM((heads, config.planes * rows, width), operand),
+        *[pltpu.VMEM((heads, rows, LANES), jnp.float32) for _ in ("q_scale", "m", "l")],
+        pltpu.VMEM((heads, rows, width), jnp.float32),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SemaphoreType.DMA,
+        pltpu.SemaphoreType.DMA,
+    ]
+    in_hbm = pl.BlockSpec(memory_space=pltpu.ANY)
+    return pl.pallas_call(
+        functools.partial(attention_kernel, config=config),
+        out_shape=(
+            jax.ShapeDtypeStruct((num_tokens, config.out_heads, width), jnp.float32),
+            jax.ShapeDtypeStruct(pages_shape, jnp.int32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            in_specs=[in_hbm] * 3,
+            out_specs=[in_hbm] * 2,
+            scratch_shapes=scratch,
+            grid=(config.num_cores,),
+        ),
+        input_output_aliases={5: 1},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel" if config.num_cores > 1 else "arbitrary",),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+        ),
+        name="ragged_paged_attention",
+        interpret=interpret,
+    )

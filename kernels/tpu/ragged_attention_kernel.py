@@ -1,0 +1,275 @@
+"""The body of the ragged attention kernel: what one core does with its query blocks.
+
+For each query block and each block of the cache that it sees: fetch the next pages, wait for these, put the new tokens
+into them, send what that changed back, then compute chunk by chunk. Softmax is online (arXiv 2205.14135) in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, Chunk, KernelConfig, Refs
+from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
+from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up, slot_of
+
+Ref = Any  # a memory reference of Pallas
+Action = Callable[[Any], None]  # on a copy: start it, or wait for it
+
+
+def attention_kernel(*refs: Ref, config: KernelConfig) -> None:
+    """One core's share: its decodes, then its prefills."""
+    for phase in (DECODE, PREFILL):
+        _Phase(Refs(*refs), config, phase).run(pl.program_id(0))
+
+
+class _Phase:
+    """The loop over query blocks of one kind."""
+
+    def __init__(self, refs: Refs, config: KernelConfig, phase: int) -> None:
+        self.refs, self.config, self.layout = refs, config, config.layout
+        self.is_decode = phase == DECODE
+        self.phase = phase
+        self.num_tokens = 1 if self.is_decode else config.prefill_tokens
+        self.rows = config.rows(self.num_tokens)
+        self.chunk = config.decode_chunk if self.is_decode else config.prefill_chunk
+
+    def run(self, core: Array) -> None:
+        """Compute query blocks [bounds[core], bounds[core + 1])."""
+        begin, end = self.refs.bounds[self.phase, core], self.refs.bounds[self.phase, core + 1]
+
+        def all_blocks() -> None:
+            self._copy_queries(begin, 0, _start)
+            self._copy_pages(begin, self._field(FIRST_BLOCK, begin), 0, _start)
+            jax.lax.fori_loop(begin, end, lambda index, step: self._query_block(index, step, begin, end), 0)
+            self._copy_result(end - 1, _wait)
+
+        pl.when(begin < end)(all_blocks)
+
+    def _query_block(self, index: Array, step: Array, begin: Array, end: Array) -> Array:
+        rows = slice(0, self.rows)
+        self._copy_queries(index, (index - begin) % 2, _wait)
+        self._prepare_queries((index - begin) % 2)
+        self.refs.highest[:, rows] = jnp.full((self.layout.num_kv_heads, self.rows, LANES), MASKED, jnp.float32)
+        self.refs.total[:, rows] = jnp.zeros((self.layout.num_kv_heads, self.rows, LANES), jnp.float32)
+        self.refs.acc[:, rows] = jnp.zeros((self.layout.num_kv_heads, self.rows, self.config.key_width), jnp.float32)
+
+        def one(block: Array, step: Array) -> Array:
+            self._block(index, block, step, begin, end)
+            return step + 1
+
+        step = jax.lax.fori_loop(self._field(FIRST_BLOCK, index), self._num_blocks(index), one, step)
+
+        def wait_for_result() -> None:
+            self._copy_result(index - 1, _wait)
+
+        pl.when(index > begin)(wait_for_result)
+
+        self._finish()
+        self._copy_result(index, _start)
+        return step
+
+    def _block(self, index: Array, block: Array, step: Array, begin: Array, end: Array) -> None:
+        slot, q_slot = step % 2, (index - begin) % 2
+        is_last = block + 1 == self._num_blocks(index)
+        after = jnp.where(is_last, index + 1, index)
+        has_next = after < end
+        after = jnp.minimum(after, end - 1)
+        # The next query block of the same row reads pages that this one writes.
+        is_late = has_next & is_last & (self._field(ROW, after) == self._field(ROW, index)) & (not self.is_decode)
+
+        def fetch_next() -> None:
+            self._copy_pages(after, jnp.where(is_last, self._field(FIRST_BLOCK, after), block + 1), 1 - slot, _start)
+
+            def start_queries() -> None:
+                self._copy_queries(after, 1 - q_slot, _start)
+
+            pl.when(is_last)(start_queries)
+
+        pl.when(has_next & ~is_late)(fetch_next)
+        self._copy_pages(index, block, slot, _wait)
+        self._insert_new_tokens(index, block, slot, q_slot)
+        self._copy_changed(index, block, slot, _start)
+
+        def write_before_fetch() -> None:
+            self._copy_changed(index, block, slot, _wait)
+            fetch_next()
+
+        pl.when(is_late)(write_before_fetch)
+
+        self._attend(index, block, slot)
+
+        def wait_for_writes() -> None:
+            self._copy_changed(index, block, slot, _wait)
+
+        pl.when(~is_late)(wait_for_writes)
+
+    def _field(self, field: int, index: Array) -> Array:
+        return self.refs.query_blocks[field, index]
+
+    def _num_blocks(self, index: Array) -> Array:
+        return pl.cdiv(self._field(KV_END, index), self.config.block_tokens)
+
+    def _copy_queries(self, index: Array, slot: Array | int, action: Action) -> None:
+        """Queries and new tokens of a query block; behind its last token come others, which are computed in vain."""
+        tokens = pl.ds(self._field(TOKEN, index), self.num_tokens)
+        here = pl.ds(0, self.num_tokens)
+        refs = self.refs
+        action(pltpu.make_async_copy(refs.query.at[tokens], refs.q.at[slot, here], refs.q_sem.at[slot]))
+        action(pltpu.make_async_copy(refs.new.at[tokens], refs.fresh.at[slot, here], refs.q_sem.at[slot]))
+
+    def _copy_result(self, index: Array, action: Action) -> None:
+        count = 1 if self.is_decode else self._field(NUM_TOKENS, index)
+        tokens = pl.ds(self._field(TOKEN, index), count)
+        refs = self.refs
+        action(pltpu.make_async_copy(refs.result.at[pl.ds(0, count)], refs.out.at[tokens], refs.out_sem))
+
+    def _page_range(self, index: Array, block: Array) -> tuple[Array | int, Array]:
+        """The pages of a block that the query block sees, counted from the block's first."""
+        kv_end, base = self._field(KV_END, index), block * self.config.fetch_pages
+        end = jnp.minimum(self.config.fetch_pages, pl.cdiv(kv_end, PAGE_SIZE) - base)
+        if self.config.window is None:
+            return 0, end
+        first = jnp.maximum(kv_end - self._field(NUM_TOKENS, index) - self.config.window + 1, 0) // PAGE_SIZE
+        return jnp.maximum(first - base, 0), end
+
+    def _copy_pages(self, index: Array, block: Array, slot: Array | int, action: Action) -> None:
+        refs, row = self.refs, self._field(ROW, index)
+
+        def one(at: Array, _: None) -> None:
+            page = refs.page_table[row, block * self.config.fetch_pages + at]
+            action(pltpu.make_async_copy(refs.pages.at[page], refs.kv.at[slot, at], refs.kv_sem.at[slot]))
+
+        jax.lax.fori_loop(*self._page_range(index, block), one, None)
+
+    def _new_range(self, index: Array, block: Array) -> tuple[Array, Array]:
+        """The query block's own tokens in a block, as positions counted from the block's first."""
+        kv_end, base = self._field(KV_END, index), block * self.config.block_tokens
+        first = kv_end - self._field(NUM_TOKENS, index)
+        return jnp.maximum(first - base, 0), jnp.minimum(kv_end - base, self.config.block_tokens)
+
+    def _insert_new_tokens(self, index: Array, block: Array, slot: Array, q_slot: Array) -> None:
+        """Put the query block's own tokens into the fetched pages."""
+        kv_end, base = self._field(KV_END, index), block * self.config.block_tokens
+        first = kv_end - self._field(NUM_TOKENS, index) - base
+
+        def one(at: Array, _: None) -> None:
+            self._insert(at, at - first, slot, q_slot)
+
+        jax.lax.fori_loop(*self._new_range(index, block), one, None)
+
+    def _insert(self, at: Array, token: Array, slot: Array, q_slot: Array) -> None:
+        """Put one token into the block's position `at`."""
+        layout, kv, fresh = self.layout, self.refs.kv, self.refs.fresh
+        page, in_page = at // PAGE_SIZE, at % PAGE_SIZE
+        where = slot_of(in_page % layout.group_tokens, layout)
+        width = 32 // layout.tokens_per_word
+        shift = (where % layout.tokens_per_word) * width
+        keep = ~jnp.left_shift(jnp.int32(2**width - 1), shift)
+        shape = (SUBLANES, LANES)
+        is_row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == where // layout.tokens_per_word
+        num_words = layout.num_kv_heads * layout.num_tiles
+        for tile in range(num_words):
+            row = (in_page // layout.group_tokens) * layout.group_rows + tile * SUBLANES
+            rows = pl.ds(pl.multiple_of(row, SUBLANES), SUBLANES)
+            new = jnp.left_shift(jnp.broadcast_to(fresh[q_slot, token, tile : tile + 1], shape), shift)
+            old = kv[slot, page, rows]
+            kv[slot, page, rows] = jnp.where(is_row, (old & keep) | new, old)
+        is_lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == in_page
+        for row in range(0, layout.scale_rows, SUBLANES):
+            rows = pl.ds(layout.data_rows + row, SUBLANES)
+            start = round_up(num_words, SUBLANES) + row
+            kv[slot, page, rows] = jnp.where(
+                is_lane, fresh[q_slot, token, start : start + SUBLANES], kv[slot, page, rows]
+            )
+
+    def _copy_changed(self, index: Array, block: Array, slot: Array, action: Action) -> None:
+        """Send the groups of tokens that hold new ones back to their pages, and those pages' scales."""
+        refs, layout, row = self.refs, self.layout, self._field(ROW, index)
+        begin, end = self._new_range(index, block)
+
+        def copy(at: Array, rows: Any) -> None:
+            page = refs.page_table[row, block * self.config.fetch_pages + at]
+            action(pltpu.make_async_copy(refs.kv.at[slot, at, rows], refs.pages.at[page, rows], refs.write_sem))
+
+        def copy_group(group: Array, _: None) -> None:
+            first = pl.multiple_of((group % layout.num_groups) * layout.group_rows, SUBLANES)
+            copy(group // layout.num_groups, pl.ds(first, layout.group_rows))
+
+        def copy_scales(page: Array, _: None) -> None:
+            copy(page, pl.ds(layout.data_rows, layout.scale_rows))
+
+        def each() -> None:
+            groups = begin // layout.group_tokens, (end - 1) // layout.group_tokens + 1
+            jax.lax.fori_loop(*groups, copy_group, None)
+            if layout.scale_rows:
+                jax.lax.fori_loop(begin // PAGE_SIZE, (end - 1) // PAGE_SIZE + 1, copy_scales, None)
+
+        pl.when(begin < end)(each)
+
+    def _prepare_queries(self, slot: Array) -> None:
+        """Bring a query block's queries into rows for each KV head, quantized where the cache is int8."""
+        config, refs = self.config, self.refs
+        for head in range(self.layout.num_kv_heads):
+            first = head * config.group_size
+            if self.is_decode:
+                x = refs.q[slot, 0, first : first + self.rows]
+            elif config.group_size == 1:
+                refs.acc[head] = refs.q[slot, :, first]  # through memory, to become rows of whole tiles
+                x = refs.acc[head]
+            else:
+                x = refs.q[slot, :, first : first + config.group_size].reshape(self.rows, config.key_width)
+            if self.layout.dtype == "int8":
+                scale = jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), 1e-30) * (1 / LARGEST)
+                numbers = jnp.floor(x / scale + 0.5).astype(jnp.int32)
+                high = (numbers + 64) >> 7
+                planes = jnp.concatenate((high, numbers - high * 128))
+                refs.operand[head, : 2 * self.rows] = planes.astype(jnp.int8)
+                refs.q_scale[head, : self.rows] = jnp.broadcast_to(scale, (self.rows, LANES))
+            elif self.layout.dtype == "bfloat16":
+                refs.operand[head, : self.rows] = x.astype(jnp.bfloat16)
+            else:
+                refs.operand[head, : self.rows] = (x * E4M3_SHIFT).astype(jnp.bfloat16)
+
+    def _finish(self) -> None:
+        config, refs = self.config, self.refs
+        for head in range(self.layout.num_kv_heads):
+            total = jnp.sum(refs.total[head, : self.rows], 1, keepdims=True)
+            result = refs.acc[head, : self.rows] / total
+            heads = slice(head * config.group_size, (head + 1) * config.group_size)
+            if self.is_decode:
+                refs.result[0, heads] = result[: config.group_size]
+            elif config.group_size == 1:
+                refs.result[:, head] = result
+            else:
+                refs.result[:, heads] = result.reshape(self.num_tokens, config.group_size, config.key_width)
+
+    def _attend(self, index: Array, block: Array, slot: Array) -> None:
+        begin, end = self._page_range(index, block)
+        first = self._field(KV_END, index) - self._field(NUM_TOKENS, index)
+        base = block * self.config.block_tokens
+
+        def one(chunk: Array, _: None) -> None:
+            chunk_of = Chunk(self.refs, self.config, self.rows, self.chunk, slot, chunk * self.chunk)
+            visible = chunk_of.visibility(base, first, self._field(KV_END, index), self.is_decode)
+            if self.is_decode:
+                for head in range(self.layout.num_kv_heads):
+                    chunk_of.attend(head, *visible)
+            else:
+                jax.lax.fori_loop(0, self.layout.num_kv_heads, lambda head, _: chunk_of.attend(head, *visible), None)
+
+        jax.lax.fori_loop(begin // self.chunk, pl.cdiv(end, self.chunk), one, None)
+
+
+def _start(copy: Any) -> None:
+    copy.start()
+
+
+def _wait(copy: Any) -> None:
+    copy.wait()
