@@ -130,7 +130,8 @@ def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
     groups = [list(range(num_chips))]
 
     def reduce(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", output, 1.0, groups, False)
+        # Not xla_model.all_reduce: this form gives the sum as a value.
+        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", output, 1.0, groups, False)  # type: ignore[attr-defined]
         return reduced
 
     def gather(logits: Tensor) -> Tensor:
