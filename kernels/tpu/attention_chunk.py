@@ -7,6 +7,7 @@ e4m3 becomes bfloat16 by shifts and masks, its value times 2**-120, since v5 con
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ MASKED = -1e30  # a score of what is not visible: finite, so that rows that see 
 LARGEST = 127 * 128  # of an integer in two planes
 E4M3_SHIFT = 2.0**100  # queries and probabilities times this, products times the rest of 2**120
 E4M3_REST = 2.0**20
+LOG2_E = 1.4426950408889634
 ROWS_DOT_ROWS = (((1,), (1,)), ((), ()))
 ROWS_DOT_COLUMNS = (((1,), (0,)), ((), ()))
 
@@ -83,7 +85,7 @@ class Refs(NamedTuple):
     query_blocks: Ref  # scalars: see `AttentionPlan`
     bounds: Ref
     page_table: Ref
-    query: Ref  # HBM [T + prefill_tokens, query_heads, key_width] float32, times the scale of the scores
+    query: Ref  # HBM [T + prefill_tokens, query_heads, key_width] float32, scaled, see `ragged_attention`
     new: Ref  # HBM [T + prefill_tokens, rows, 128] int32: see `fresh_rows`
     pages_in: Ref  # the memory of `pages`
     out: Ref  # HBM [T, out_heads, key_width] float32
@@ -135,25 +137,30 @@ class Chunk:
             seen.append((0 if window is None else first - window + 1 - start, kv_end - start))
         return visible, seen
 
-    def attend(self, head: Array | int, visible: list[Array], seen: list[Span]) -> None:
-        """Scores, running softmax and weighted values of a KV head."""
+    def attend(self, heads: list[Array | int], visible: list[Array], seen: list[Span]) -> None:
+        """Scores, running softmax and weighted values of some KV heads, step by step for all of them: the products of
+        one are on their way while another's are used."""
         refs, rows = self.refs, slice(0, self.rows)
-        scores = [jnp.where(mask, self._scores(head, index), MASKED) for index, mask in enumerate(visible)]
-        highest = scores[0]
-        for other in scores[1:]:
-            highest = jnp.maximum(highest, other)
-        before = refs.highest[head, rows]
-        after = jnp.maximum(before, jnp.max(highest, 1, keepdims=True))
-        weights = [jnp.exp(score - after) for score in scores]
-        decay = jnp.exp(before - after)
-        refs.highest[head, rows] = after
-        refs.total[head, rows] = refs.total[head, rows] * decay + sum(weights[1:], weights[0])
-        for tile, product in enumerate(self._weighted_values(head, weights, seen)):
-            lanes = slice(tile * LANES, (tile + 1) * LANES)
-            refs.acc[head, rows, lanes] = refs.acc[head, rows, lanes] * decay + product
+        scores = [
+            [jnp.where(mask, self._scores(head, index), MASKED) for index, mask in enumerate(visible)] for head in heads
+        ]
+        weights, decays = [], []
+        for head, of_head in zip(heads, scores, strict=True):
+            before = refs.highest[head, rows]
+            highest = functools.reduce(jnp.maximum, of_head)
+            after = jnp.maximum(before, jnp.max(highest, 1, keepdims=True))
+            weights.append([jnp.exp2(score - after) for score in of_head])
+            decays.append(jnp.exp2(before - after))
+            refs.highest[head, rows] = after
+            refs.total[head, rows] = refs.total[head, rows] * decays[-1] + sum(weights[-1][1:], weights[-1][0])
+        products = [self._weighted_values(head, each, seen) for head, each in zip(heads, weights, strict=True)]
+        for head, decay, of_head in zip(heads, decays, products, strict=True):
+            for tile, product in enumerate(of_head):
+                lanes = slice(tile * LANES, (tile + 1) * LANES)
+                refs.acc[head, rows, lanes] = refs.acc[head, rows, lanes] * decay + product
 
     def _scores(self, head: Array | int, index: int) -> Array:
-        """[rows, 128] float32 against one page."""
+        """[rows, 128] float32 against one page, times log2(e): their weights are powers of 2."""
         layout, planes = self.config.layout, self.config.planes
         parts = []
         for tile in range(layout.key_tiles):
@@ -162,14 +169,14 @@ class Chunk:
             parts.append(jax.lax.dot_general(query, keys, ROWS_DOT_ROWS, **self._accumulate()))
         product = sum(parts[1:], parts[0])
         if layout.dtype == "int8":
-            numbers = product[: self.rows] * 128 + product[self.rows :]
+            numbers = (product[: self.rows] << 7) + product[self.rows :]
             scores = numbers.astype(jnp.float32) * self.refs.q_scale[head, : self.rows] * self._scale_row(index, head)
         elif layout.dtype == "bfloat16":
             scores = product
         else:
             scores = product * (self._scale_row(index, head) * E4M3_REST)
         if self.config.soft_cap is not None:
-            scores = self.config.soft_cap * jnp.tanh(scores * (1 / self.config.soft_cap))
+            scores = (self.config.soft_cap * LOG2_E) * jnp.tanh(scores * (1 / self.config.soft_cap))
         return scores
 
     def _weighted_values(self, head: Array | int, weights: list[Array], seen: list[Span]) -> list[Array]:
@@ -191,7 +198,7 @@ class Chunk:
             values = jnp.concatenate([self._values(head, index, tile, span) for index, span in enumerate(seen)])
             product = jax.lax.dot_general(operand, values, ROWS_DOT_COLUMNS, **self._accumulate())
             if layout.dtype == "int8":
-                product = (product[: self.rows] * 128 + product[self.rows :]).astype(jnp.float32)
+                product = ((product[: self.rows] << 7) + product[self.rows :]).astype(jnp.float32)
             products.append(product * factor)
         return products
 
@@ -203,8 +210,9 @@ class Chunk:
         unit = jnp.maximum(jnp.max(largest, 1, keepdims=True), 1e-30) * (1 / LARGEST)
         planes = []
         for weight, scale in zip(weights, scales, strict=True):
-            numbers = (weight * (scale / unit) + 0.5).astype(jnp.int32)
-            planes.append(jnp.concatenate((numbers >> 7, numbers & 127)).astype(jnp.int8))
+            # Beyond 2**23 float32 has the integers only, in its low bits: rounded without a conversion.
+            bits = jax.lax.bitcast_convert_type(weight * (scale / unit) + 2.0**23, jnp.int32)
+            planes.append(jnp.concatenate(((bits >> 7) & 127, bits & 127)).astype(jnp.int8))
         return jnp.concatenate(planes, 1), unit
 
     def _seen_scales(self, index: int, row: Array | int, span: Span) -> Array:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchinfer.kernels.tpu.attention_chunk import KernelConfig
+from torchinfer.kernels.tpu.attention_chunk import LOG2_E, KernelConfig
 from torchinfer.kernels.tpu.attention_plan import plan_attention
 from torchinfer.kernels.tpu.page_layout import (
     FORMATS,
@@ -29,7 +29,8 @@ from torchinfer.kernels.tpu.page_layout import (
 from torchinfer.kernels.tpu.ragged_attention_kernel import attention_kernel
 
 MAX_GROUP_SIZE = 128
-BLOCK_BYTES = 2**20  # of pages at once: more than what is on its way during the memory's latency
+CHUNK_BYTES = 9 * 2**17  # of pages that are computed at once, at most
+FETCH_BYTES = 2**21  # of pages that are fetched at once, at least: more than is on its way during the memory's latency
 MAX_CHUNK_PAGES = 16
 PREFILL_ROWS = 128  # of queries for each KV head: the matrix unit's height
 VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
@@ -47,7 +48,7 @@ def make_config(
     """The sizes of blocks for a model's heads.
 
     A decode computes as many pages at once as are about a mebibyte, a power of two up to 16: fewer leave the matrix
-    unit waiting for itself. It fetches a whole number of such chunks, at least a mebibyte.
+    unit waiting for itself. It fetches whole chunks, at least two mebibytes.
 
     Raises:
         ValueError: for heads, a dtype or a window that the kernel cannot take.
@@ -61,9 +62,9 @@ def make_config(
         )
     if window is not None and window < 1:
         raise ValueError(f"window={window} lets a token see nothing; it must be at least 1")
-    fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= BLOCK_BYTES * 9 // 8]
+    fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= CHUNK_BYTES]
     chunk = min(fits[0] if fits else 1, fetch_pages or MAX_CHUNK_PAGES)
-    fetch = fetch_pages or chunk * -(-BLOCK_BYTES // (chunk * layout.page_bytes))
+    fetch = fetch_pages or chunk * -(-FETCH_BYTES // (chunk * layout.page_bytes))
     if fetch % chunk:
         raise ValueError(f"fetch_pages={fetch} is no multiple of the {chunk} pages that are computed at once")
     prefill_tokens = min(32, max(SUBLANES, PREFILL_ROWS // (num_heads // heads) // SUBLANES * SUBLANES))
@@ -106,7 +107,9 @@ def ragged_paged_attention(
     )
     room = (0, config.prefill_tokens)  # a query block may begin at the last token
     widths = (room, (0, config.query_heads - num_heads), (0, config.key_width - head_dim))
-    queries = jnp.pad(query.astype(jnp.float32) * scale, widths)
+    # Weights are powers of 2; behind a soft cap the kernel multiplies by log2(e) itself.
+    factor = scale if config.soft_cap is not None else scale * LOG2_E
+    queries = jnp.pad(query.astype(jnp.float32) * factor, widths)
     new = jnp.pad(fresh_rows(key, value, key_scale, value_scale, layout), (room, (0, 0), (0, 0)))
     out, pages = _call(config, num_tokens, pages.shape, interpret)(*plan, page_table, queries, new, pages)
     lane = layout.value_lane
@@ -178,6 +181,7 @@ def _call(config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], i
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if config.num_cores > 1 else "arbitrary",),
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            disable_bounds_checks=True,  # half of what it takes to start a copy; pages are ours, not a request's
         ),
         name="ragged_paged_attention",
         interpret=interpret,

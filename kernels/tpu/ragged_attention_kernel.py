@@ -6,6 +6,7 @@ into them, send what that changed back, then compute chunk by chunk. Softmax is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, 
 from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
 from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up, slot_of
 
+HEADS_AT_ONCE = 8  # whose work is interleaved: more have too many values for the registers
 Ref = Any  # a memory reference of Pallas
 Action = Callable[[Any], None]  # on a copy: start it, or wait for it
 
@@ -259,10 +261,12 @@ class _Phase:
             chunk_of = Chunk(self.refs, self.config, self.rows, self.chunk, slot, chunk * self.chunk)
             visible = chunk_of.visibility(base, first, self._field(KV_END, index), self.is_decode)
             if self.is_decode:
-                for head in range(self.layout.num_kv_heads):
-                    chunk_of.attend(head, *visible)
+                heads = list(range(self.layout.num_kv_heads))
+                for start in range(0, len(heads), HEADS_AT_ONCE):
+                    chunk_of.attend(heads[start : start + HEADS_AT_ONCE], *visible)
             else:
-                jax.lax.fori_loop(0, self.layout.num_kv_heads, lambda head, _: chunk_of.attend(head, *visible), None)
+                for_each = functools.partial(jax.lax.fori_loop, 0, self.layout.num_kv_heads)
+                for_each(lambda head, _: chunk_of.attend([head], *visible), None)
 
         jax.lax.fori_loop(begin // self.chunk, pl.cdiv(end, self.chunk), one, None)
 
