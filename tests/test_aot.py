@@ -123,6 +123,8 @@ def test_loops_are_read_from_a_dump(tmp_path: Path):
     loops = (aot.Loop(1, 7), aot.Loop(3, 3), aot.Loop(6, 1), aot.Loop(9, 2))
     assert aot.kernel_bundles(tmp_path) == {"f.1": aot.Kernel(12, loops)}
     assert aot.Kernel(12, loops).innermost == loops[1:]
+    assert aot.Kernel(12, loops).inside(None) == (loops[0], loops[3])
+    assert aot.Kernel(12, loops).inside(loops[0]) == loops[1:3]
 
 
 def test_a_core_has_its_share_of_the_chips_bandwidth():

@@ -75,6 +75,11 @@ class Kernel:
         """Loops without a loop in them."""
         return tuple(a for a in self.loops if not any(_encloses(a, b) for b in self.loops))
 
+    def inside(self, outer: Loop | None) -> tuple[Loop, ...]:
+        """The loops directly in a loop, or in none."""
+        deep = [loop for loop in self.loops if outer is None or _encloses(outer, loop)]
+        return tuple(a for a in deep if not any(_encloses(b, a) for b in deep))
+
 
 def _encloses(outer: Loop, inner: Loop) -> bool:
     return (
@@ -204,11 +209,12 @@ def _compile(
 def _environment(folder: Path, dump_bundles: bool) -> dict[str, str]:
     spec = importlib.util.find_spec("libtpu")
     assert spec is not None and spec.origin is not None
-    options = f"--xla_jf_dump_to={folder / 'dump'} --xla_jf_dump_llo_text=true" if dump_bundles else ""
+    options = [f"--xla_jf_dump_to={folder / 'dump'}", "--xla_jf_dump_llo_text=true"]
+    options.append("--xla_jf_dump_llo_pass_label_regex=final_bundles")
     return os.environ | {
         "TPU_LIBRARY_PATH": str(Path(spec.origin).parent / "libtpu.so"),
         "JAX_PLATFORMS": "cpu",
-        "LIBTPU_INIT_ARGS": options,
+        "LIBTPU_INIT_ARGS": " ".join(options) if dump_bundles else "",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         # Off a TPU host libtpu would ask the cloud's metadata server, which is not there, for each of these.
         "TPU_SKIP_MDS_QUERY": "1",
