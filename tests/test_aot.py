@@ -60,7 +60,7 @@ LB: loop body
    0x2   : > { %s2 = smov 0 }
    0x3 LB: >> { %s3 = smov 0 /* text: with a colon
 hlo: f.1 */ }
-   0x4   :  {}
+   0x4   : > { %s3 = smov 0 }
    0x5   : >> { %s4 = smov 0 }
    0x6 LB: >> { %s5 = smov 0 }
    0x7   : > { %s6 = smov 0 }

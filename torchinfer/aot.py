@@ -241,24 +241,19 @@ def parse_bundles(text: str) -> Kernel:
     """Count the bundles in the text of a final_bundles.txt, and those of each loop.
 
     A bundle's line is an address, LB where a loop's body starts, a colon, and `>` for each loop that it is in. Empty
-    bundles lack these signs.
+    bundles lack these signs, and some in the middle of a loop have less: a loop ends with the last that has them all,
+    before another one starts at its depth or further out.
     """
     found = re.findall(r"^ *(?:0x[0-9a-f]+|0) +(LB)?[A-Z]*: *(>*)", text, re.M)
     loops: list[Loop] = []
-    entered: list[int] = []  # first bundles of the loops around
-
-    def leave(depth: int, end: int) -> None:
-        while len(entered) > depth:
-            first = entered.pop()
-            loops.append(Loop(first, end - first))
-
-    end = 0  # of the bundles with signs
+    entered: dict[int, Loop] = {}  # by depth
     for index, (is_start, signs) in enumerate(found):
         if is_start:
-            leave(len(signs) - 1, end)
-            entered.append(index)
-        elif signs:
-            leave(len(signs), end)
-        end = index + 1 if signs else end
-    leave(0, end)
+            loops += [entered.pop(depth) for depth in list(entered) if depth >= len(signs)]
+            entered[len(signs)] = Loop(index, 1)
+        for depth in range(1, len(signs) + 1):
+            if depth in entered:
+                first = entered[depth].first
+                entered[depth] = Loop(first, index + 1 - first)
+    loops += entered.values()
     return Kernel(len(found), tuple(sorted(loops, key=lambda loop: (loop.first, -loop.num_bundles))))

@@ -32,6 +32,7 @@ MAX_GROUP_SIZE = 128
 CHUNK_BYTES = 9 * 2**17  # of pages that are computed at once, at most
 FETCH_BYTES = 2**21  # of pages that are fetched at once, at least: more than is on its way during the memory's latency
 MAX_CHUNK_PAGES = 16
+MAX_PREFILL_CHUNK_PAGES = 4
 PREFILL_ROWS = 128  # of queries for each KV head: the matrix unit's height
 VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
 
@@ -68,7 +69,8 @@ def make_config(
     if fetch % chunk:
         raise ValueError(f"fetch_pages={fetch} is no multiple of the {chunk} pages that are computed at once")
     prefill_tokens = min(32, max(SUBLANES, PREFILL_ROWS // (num_heads // heads) // SUBLANES * SUBLANES))
-    return KernelConfig(layout, num_heads, fetch, chunk, 1, prefill_tokens, window, soft_cap, num_cores)
+    prefill_chunk = min(chunk, MAX_PREFILL_CHUNK_PAGES)
+    return KernelConfig(layout, num_heads, fetch, chunk, prefill_chunk, prefill_tokens, window, soft_cap, num_cores)
 
 
 def ragged_paged_attention(
