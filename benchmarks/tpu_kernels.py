@@ -4,7 +4,8 @@ in which the memory delivers the block, and against jax's own ragged_paged_atten
 A bundle takes a cycle or more, so that bundles are a lower bound; below the memory's cycles a kernel can be bound by
 the memory. Counted are, for a block of fetched pages in the middle of a sequence: the loop over its chunks, starting
 and awaiting a copy for each page, and all else in the body once, branches that are not taken included; of upstream's
-kernel likewise the body of its innermost loop.
+kernel likewise the body of its innermost loop. For prefill: what the matrix unit needs in bfloat16 at its peak, of the
+bundles of the loop over KV heads.
 
 python benchmarks/tpu_kernels.py [--chips v5e v5p] [--shapes llama-3-8b ...] [--dtypes int8 ...] [--no-upstream]
 """
@@ -27,6 +28,7 @@ SHAPES = {  # query heads, KV heads, head size; on one chip
     "gemma-2b": (8, 1, 256),
 }
 DTYPES = ("int8", "float8_e4m3fn", "bfloat16")
+MATRIX_FLOPS = 2 * 4 * 128 * 128  # of a core in a cycle, v5e and v5p
 NUM_ROWS, MAX_PAGES, NUM_PAGES = 64, 64, 512
 
 
@@ -37,6 +39,7 @@ class Block:
     num_tokens: int
     num_bytes: int
     num_bundles: int
+    prefill_of_peak: float
 
 
 def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
@@ -70,7 +73,17 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
     rest = block.num_bundles - sum(loop.num_bundles for loop in (start_copy, await_copy, chunk, *others))
     num_bundles = rest + chunk.num_bundles * config.fetch_pages // config.decode_chunk
     num_bundles += config.fetch_pages * (start_copy.num_bundles + await_copy.num_bundles)
-    return Block(config.fetch_pages * PAGE_SIZE, config.fetch_pages * layout.page_bytes, num_bundles)
+    of_peak = prefill_of_peak(kernel, config.rows(config.prefill_tokens), config.prefill_chunk, config.key_width)
+    return Block(config.fetch_pages * PAGE_SIZE, config.fetch_pages * layout.page_bytes, num_bundles, of_peak)
+
+
+def prefill_of_peak(kernel: aot.Kernel, num_rows: int, num_pages: int, width: int) -> float:
+    """The last loops of the kernel are those over prefills, over blocks, over chunks and, if there are some, heads."""
+    prefill = [loop for loop in kernel.inside(None) if kernel.inside(loop)][-1]
+    block = next(loop for loop in kernel.inside(prefill) if kernel.inside(loop))
+    heads = [head for loop in kernel.inside(block) for head in kernel.inside(loop)] or kernel.inside(block)
+    flops = 2 * 2 * num_rows * num_pages * 128 * width
+    return flops / MATRIX_FLOPS / max(loop.num_bundles for loop in heads)
 
 
 def upstream(heads: int, kv_heads: int, size: int, num_tokens: int, chip: str) -> int:
@@ -115,6 +128,7 @@ def main() -> None:
                 cycles = round(aot.CHIPS[chip].hbm_cycles(block.num_bytes))
                 line = {"chip": chip, "shape": name, "dtype": dtype, "tokens": block.num_tokens, "hbm_cycles": cycles}
                 line |= {"bundles": block.num_bundles, "of_hbm": round(block.num_bundles / cycles, 3)}
+                line["prefill_of_peak"] = round(block.prefill_of_peak, 2)
                 if dtype == "int8" and not args.no_upstream:
                     theirs = upstream(*SHAPES[name], block.num_tokens, chip)
                     line |= {
