@@ -48,6 +48,7 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
 
     from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout
     from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention
+    from torchinfer.kernels.tpu.ragged_attention_kernel import COPIES_AT_ONCE
 
     layout = PageLayout(kv_heads, size, dtype)
     config = make_config(layout, heads, num_cores=aot.CHIPS[chip].num_cores)
@@ -67,12 +68,13 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
     # The loop over query blocks of decodes, in it that over blocks of the cache, in it: copies, new tokens, chunks.
     decode = next(loop for loop in kernel.inside(None) if kernel.inside(loop))
     block = next(loop for loop in kernel.inside(decode) if kernel.inside(loop))
-    start_copy, await_copy, *others = kernel.inside(block)
+    start_copies, start_copy, await_copies, await_copy, *others = kernel.inside(block)
     chunk = max(others, key=lambda loop: loop.num_bundles)
-    others.remove(chunk)
-    rest = block.num_bundles - sum(loop.num_bundles for loop in (start_copy, await_copy, chunk, *others))
+    rest = block.num_bundles - sum(loop.num_bundles for loop in kernel.inside(block))
     num_bundles = rest + chunk.num_bundles * config.fetch_pages // config.decode_chunk
-    num_bundles += config.fetch_pages * (start_copy.num_bundles + await_copy.num_bundles)
+    by_many, by_one = divmod(config.fetch_pages, COPIES_AT_ONCE)
+    num_bundles += by_many * (start_copies.num_bundles + await_copies.num_bundles)
+    num_bundles += by_one * (start_copy.num_bundles + await_copy.num_bundles)
     of_peak = prefill_of_peak(kernel, config.rows(config.prefill_tokens), config.prefill_chunk, config.key_width)
     return Block(config.fetch_pages * PAGE_SIZE, config.fetch_pages * layout.page_bytes, num_bundles, of_peak)
 

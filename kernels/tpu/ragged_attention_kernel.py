@@ -20,6 +20,7 @@ from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, 
 from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
 from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up, slot_of
 
+COPIES_AT_ONCE = 4  # of pages, whose scalar work overlaps
 HEADS_AT_ONCE = 8  # whose work is interleaved: more have too many values for the registers
 Ref = Any  # a memory reference of Pallas
 Action = Callable[[Any], None]  # on a copy: start it, or wait for it
@@ -148,7 +149,15 @@ class _Phase:
             page = refs.page_table[row, block * self.config.fetch_pages + at]
             action(pltpu.make_async_copy(refs.pages.at[page], refs.kv.at[slot, at], refs.kv_sem.at[slot]))
 
-        jax.lax.fori_loop(*self._page_range(index, block), one, None)
+        begin, end = self._page_range(index, block)
+        num_many = (end - begin) // COPIES_AT_ONCE
+
+        def many(number: Array, _: None) -> None:
+            for at in range(COPIES_AT_ONCE):
+                one(begin + number * COPIES_AT_ONCE + at, None)
+
+        jax.lax.fori_loop(0, num_many, many, None)
+        jax.lax.fori_loop(begin + num_many * COPIES_AT_ONCE, end, one, None)
 
     def _new_range(self, index: Array, block: Array) -> tuple[Array, Array]:
         """The query block's own tokens in a block, as positions counted from the block's first."""
