@@ -76,6 +76,9 @@ def test_hlo_has_the_bytes_and_flops_of_the_arithmetic():
     assert compiled.argument_bytes == 2 * 32 * 512 + 512 * 256
     assert compiled.output_bytes == 2 * 32 * 256
     assert compiled.flops == pytest.approx(2 * 32 * 512 * 256, rel=0.02)
+    parts = compiled.argument_bytes + compiled.output_bytes
+    assert compiled.temporary_bytes == 0 and compiled.live_bytes >= parts
+    assert compiled.peak_bytes == parts + compiled.code_bytes
     assert compiled.bytes_accessed >= compiled.argument_bytes + compiled.output_bytes
     assert compiled.kernels == {} and "HloModule graph" in compiled.hlo
 

@@ -102,6 +102,7 @@ class Compiled:
     alias_bytes: int  # of the outputs, those that share the memory of arguments
     temporary_bytes: int
     code_bytes: int
+    live_bytes: int  # the most at once of arguments, outputs and temporaries, those in on-chip memory too
     flops: float
     bytes_accessed: float
     hlo: str = field(repr=False)  # the optimized module
@@ -109,8 +110,13 @@ class Compiled:
 
     @property
     def peak_bytes(self) -> int:
-        """Memory that a chip needs for the program and all that it works on."""
-        return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes + self.code_bytes
+        """Memory that a chip needs at most for the program and all that it works on.
+
+        The sum of the parts is too much where temporaries share memory, because they are counted one by one; what is
+        there at once is too much where some of it is in on-chip memory.
+        """
+        parts = self.argument_bytes + self.output_bytes - self.alias_bytes + self.temporary_bytes
+        return min(parts, self.live_bytes) + self.code_bytes
 
 
 def compile_jax(

@@ -93,6 +93,7 @@ def describe(executable: Any) -> dict[str, Any]:
         "alias_bytes": memory.alias_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
+        "live_bytes": memory.peak_memory_in_bytes,
         "flops": costs.get("flops", 0.0),
         "bytes_accessed": costs.get("bytes accessed", 0.0),
         "hlo": executable.hlo_modules()[0].to_string(),

@@ -101,7 +101,6 @@ class CompiledStep:
         return named | {
             "argument_bytes": program.argument_bytes,
             "cache_bytes": self.cache_bytes,
-            "temporary_bytes": program.temporary_bytes,
             "code_bytes": program.code_bytes,
             "peak_bytes": program.peak_bytes,
             "num_tokens_left": self.num_tokens_left,

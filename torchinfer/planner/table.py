@@ -38,7 +38,7 @@ COMPILED = (
     "tokens",
     "requests",
     "GB",
-    "of it temp.",
+    "of it work",
     "of memory",
     "cache tokens",
     "GFLOP",
@@ -51,10 +51,10 @@ COMPILED = (
 )
 COMPILED_NOTES = (
     "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
-    "GB: arguments, with the cache of so many requests of full length, temporaries and code; cache tokens: that fit if "
-    "the temporaries do not grow with the cache. GB moved: by XLA's cost model, and how many times weights and cache "
-    "of the requests that is. ms: the compiler's cycles of the operations that it estimates, one after the other: "
-    "without gathers, kernels, transfers and waiting.",
+    "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
+    "cache tokens: that fit if the work's part does not grow with the cache. GB moved: by XLA's cost model, and how "
+    "many times weights and cache of the requests that is. ms: the compiler's cycles of the operations that it "
+    "estimates, one after the other: without gathers, kernels, transfers and waiting.",
     "Where there are no kernels, attention gathers the pages of every token's request (kernels/tpu/paged_attention.py) "
     "and experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py): formulations for "
     "correctness, which move far more than is needed.",
@@ -148,7 +148,7 @@ def _compiled_cells(step: CompiledStep) -> tuple[str, ...]:
     return (
         *named,
         f"{program.peak_bytes / 1e9:.2f}",
-        f"{program.temporary_bytes / 1e9:.2f}",
+        f"{(program.peak_bytes - program.argument_bytes) / 1e9:.2f}",
         f"{program.peak_bytes / step.placement.capacity.memory_bytes:.0%}",
         f"{step.num_tokens_left:,}",
         f"{program.flops / 1e9:,.0f}",
