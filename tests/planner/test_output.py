@@ -20,7 +20,7 @@ FLAGS = {
     "topology": ("--topology 2x2x1", "2x2x1"),
     "price": ("--price 1.5", 1.5),
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
-    "page_size": ("--page-size 32", 32),
+    "page_size": ("--page-size 128", 128),
     "plot": ("--plot p", "p"),
     "compile": ("--compile", True),
     "batch": ("--batch 7", 7),

@@ -142,12 +142,12 @@ def _check_host() -> None:
 
 
 def _compile_place(plan: Plan, options: PlanOptions, place: Placement) -> Iterator[CompiledStep]:
-    assert place.capacity is not None
+    assert place.capacity is not None and place.footprint is not None
     most = place.capacity.num_requests
     batch = min(most, DEFAULT_BATCH) if options.batch is None else options.batch
     if batch > most:
         raise ConfigError(f"batch={batch} does not fit {place.name}, which holds {most} requests: ask for at most that")
-    width = -(-plan.context // plan.page_size)
+    width = -(-plan.context // place.footprint.page_size)
     requests = buckets(MIN_REQUESTS, batch)[-1]
     for kind, tokens, rows in (("decode", batch, requests), ("prefill", plan.chunk, MIN_REQUESTS)):
         shape = StepShape(buckets(MIN_TOKENS, max(tokens, rows))[-1], rows, width)
@@ -168,7 +168,8 @@ def _compile_step(
         "shape": [shape.num_tokens, shape.num_requests, shape.table_width],
         "cache_dtype": str(plan.cache_dtype).removeprefix("torch."),
         "num_pages": num_pages,
-        "page_size": plan.page_size,
+        "page_size": part.page_size,
+        "num_cores": None if part.pages is None else part.pages.num_cores,
     }
     logger.info("compiling %s, %d tokens, %d requests, for %s", kind, shape.num_tokens, shape.num_requests, place.name)
     started = time.monotonic()

@@ -69,8 +69,8 @@ def to_text(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> str:
     lines = [
         f"{source.name}: {source.config.architecture}, {plan.num_parameters:,} parameters",
         f"weights {source.scheme}, activations {_name(source.dtype)}, KV cache {_name(plan.cache_dtype)}",
-        f"requests of {plan.context:,} tokens, prompts in steps of {plan.chunk:,}, pages of {plan.page_size}; bytes "
-        "and operations are of each chip",
+        f"requests of {plan.context:,} tokens, prompts in steps of {plan.chunk:,}; bytes and operations are of "
+        "each chip",
         "",
         *columns([PLACES, *map(_place_cells, plan.placements)]),
         *(f"{each.name}: {'; '.join(each.problems)}" for each in plan.placements if each.problems),
@@ -193,7 +193,8 @@ def _chip_notes(plan: Plan) -> Iterator[str]:
         if topology.num_hosts > 1:
             yield f"{place.name}: {topology.num_hosts} hosts, one process on each."
     head_dim = plan.source.config.head_dim
-    tpus = [s.placement.accelerator.name for s in plan.speeds if s.placement.accelerator.name in aot.CHIPS]
+    tpus = [speed.placement for speed in plan.speeds if speed.placement.accelerator.name in aot.CHIPS]
+    tpus = [place.accelerator.name for place in tpus if place.footprint is not None and place.footprint.pages is None]
     if tpus and head_dim % LANES:
         room = -(-head_dim // LANES) * LANES
         yield (
@@ -222,7 +223,6 @@ def to_dict(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> dict[str, Any]
         "kv_cache_has_scales": plan.cache_dtype in SCALED,
         "context": plan.context,
         "max_num_batched_tokens": plan.chunk,
-        "page_size": plan.page_size,
         "placements": [_place_dict(each) for each in plan.placements],
         "speeds": [_speed_dict(each) for each in plan.speeds],
         "compiled": [each.to_dict() for each in compiled],
@@ -247,6 +247,7 @@ def _place_dict(placement: Placement) -> dict[str, Any]:
         "memory_bytes": found.memory_bytes,
         "weight_bytes": found.weight_bytes,
         "activation_bytes": found.activation_bytes,
+        "page_size": part.page_size,
         "kv_bytes_per_token": part.kv_bytes_per_token,
         "cache_bytes": found.cache_bytes,
         "num_tokens": found.num_tokens,
