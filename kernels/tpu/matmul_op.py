@@ -49,6 +49,15 @@ def matmul(
     return result.to(x.dtype)
 
 
+def bits_of(values: Tensor) -> Tensor:
+    """On XLA: numbers of 16 or 8 bits as integers with the same bits."""
+    import torch_xla.core.xla_builder as xla_builder
+
+    name = f"int{8 * values.dtype.itemsize}"
+    result: Tensor = xla_builder.call_jax(jax.lax.bitcast_convert_type, (values, jnp.dtype(name)))
+    return result
+
+
 def is_fused(weight: PackedWeight) -> bool:
     """Whether `activation` is for the matrix."""
     return can_gate(weight.words.shape[1] * NUMBERS_IN_WORD[weight.name], weight.shape[-2], weight.name)
@@ -68,8 +77,8 @@ def _op(
 
     num_experts, num_words, num_outputs = words.shape
     shape = (num_experts, num_words * NUMBERS_IN_WORD[name], num_outputs)
-    # float32 keeps its bits in two numbers of bfloat16; integers that come as integers are what they are.
-    planes = int(name in INTEGERS and x.dtype != torch.int8 or name not in INTEGERS and x.dtype != torch.bfloat16) + 1
+    # What the matrix unit takes as it is needs one plane; all else keeps its bits in two.
+    planes = 1 if x.dtype == (torch.int8 if name in INTEGERS else torch.bfloat16) else 2
     config = make_config(name, shape, scale.shape[1], x.shape[0], planes, activation, max(num_cores, 1))
     has = tuple(each is not None for each in optional)
     arguments = (x, words, scale, *[each for each in optional if each is not None])

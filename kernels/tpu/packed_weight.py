@@ -71,7 +71,8 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
         return None
     if isinstance(weight, Tensor):
         scale = torch.ones((weight.shape[0], 1, weight.shape[1]), device=weight.device)
-        return PackedWeight(tuple(weight.shape), "bfloat16", pack_words(weight, "bfloat16", round_up(weight.shape[-1], INPUT_MULTIPLE)), scale, None, "none", None, num_cores)
+        words = pack_words(weight, "bfloat16", round_up(weight.shape[2], INPUT_MULTIPLE))
+        return PackedWeight(tuple(weight.shape), "bfloat16", words, scale, None, "none", None, num_cores)
     signed, num_groups, shift = weight.values, weight.scale.shape[-1], None
     if signed.dtype == torch.uint8:
         signed = unpack_nibbles(signed).to(torch.int8) - NIBBLE_ZERO
@@ -88,6 +89,4 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
     words = pack_words(signed, name, round_up(shape[-1], multiple))
     if len(shape) == 2:
         words, scale = words[None], scale[None]
-    return PackedWeight(
-        tuple(shape), name, words, scale, shift, weight.activations, weight.input_scale, num_cores
-    )
+    return PackedWeight(tuple(shape), name, words, scale, shift, weight.activations, weight.input_scale, num_cores)

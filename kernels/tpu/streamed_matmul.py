@@ -1,9 +1,10 @@
-"""Products with matrices that stream from memory in words, once, and become numbers in the kernel: dense, or of experts.
+"""Products with matrices that stream from memory in words, once, and become numbers in the kernel: dense or of experts.
 
-A plain function of jax. int8 and int4 meet the matrix unit as int8: a row of inputs is rounded to 15 bits of its largest
-number and split into two planes, x = 128 * high + low, which are rows of one product, so that a matrix is pushed once
-and sums are whole numbers, more exact than bfloat16's. e4m3 becomes bfloat16 by shifts and masks, since v5 converts 13
-times slower. Scales meet sums. Source: arXiv 2211.15841 (blocks of rows and experts), 2208.07339 (scales of outputs).
+A plain function of jax. int8 and int4 meet the matrix unit as int8: a row of inputs is rounded to 15 bits of its
+largest number and split into two planes, x = 128 * high + low, which are rows of one product, so that a matrix is
+pushed once, and sums are whole numbers, more exact than bfloat16's. e4m3 becomes bfloat16 by shifts and masks, since v5
+converts 13 times slower. Scales meet sums.
+Source: arXiv 2211.15841 (blocks of rows and experts), 2208.07339 (scales of outputs).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from jax.experimental.pallas import tpu as pltpu
 from torchinfer.kernels.tpu.attention_chunk import E4M3_REST, E4M3_SHIFT, LARGEST
 from torchinfer.kernels.tpu.matmul_plan import BEGIN, END, EXPERT, IS_FIRST, TILE, MatmulConfig, plan_visits
 from torchinfer.kernels.tpu.page_layout import LANES
-from torchinfer.kernels.tpu.word_layout import NIBBLE_UNIT, NUMBERS_IN_WORD, numbers_of, unpack_words
+from torchinfer.kernels.tpu.word_layout import NUMBERS_IN_WORD
+from torchinfer.kernels.tpu.word_unpacking import NIBBLE_UNIT, numbers_of, unpack_words
 
 VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
 Ref = Any  # a memory reference of Pallas

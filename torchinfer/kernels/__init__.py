@@ -27,17 +27,18 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpu",),
+    "linear": ("cpu", "tpu"),
     "rms_norm": ("cpu",),
     "rotary_embedding": ("cpu",),
     "gated_activation": ("cpu",),
     "write_kv_pages": ("cpu", "tpu"),
     "paged_attention": ("cpu", "tpu"),
     "grouped_matmul": ("cpu", "tpu"),
+    "grouped_gated_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
     "dequantize": (),
 }
-PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
+FUSING = ("cpu",)  # folders with calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
 
@@ -82,19 +83,21 @@ def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     return _loaded[device_type][op]
 
 
-def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PreparedWeight | None:
+def prepare(
+    weight: Tensor | QuantizedWeight, may_overwrite: bool = False, num_cores: int | None = None
+) -> PreparedWeight | None:
     """Bring a matrix [O, I], or experts' [E, O, I], into the layout that the device's kernels stream, once.
 
     None where the device has no such layout or no kernel for the matrix, which then stays as it is. With
-    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
+    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more. `num_cores` are
+    those of a TPU, for which matrices without memory can be prepared, too; with 0 XLA computes the same without
+    kernels.
     """
-    values = weight if isinstance(weight, Tensor) else weight.values
-    device_type = values.device.type
-    folder = _find_folder(device_type)
-    if folder not in PREPARING:
-        return None
-    prepared: PreparedWeight | None
-    prepared = importlib.import_module(f"torchinfer.kernels.{folder}.packed_weight").prepare(weight, may_overwrite)
+    prepared: PreparedWeight | None = None
+    if num_cores is not None:
+        prepared = importlib.import_module("torchinfer.kernels.tpu.packed_weight").prepare(weight, num_cores)
+    elif _find_folder((weight if isinstance(weight, Tensor) else weight.values).device.type) == "cpu":
+        prepared = importlib.import_module("torchinfer.kernels.cpu.packed_weight").prepare(weight, may_overwrite)
     return prepared
 
 
@@ -112,7 +115,7 @@ def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
 
 def _fused(name: str, parts: AttentionParts | MLPParts) -> Any:
     folder = _find_folder(parts.norm.device.type)
-    if folder not in PREPARING:
+    if folder not in FUSING:
         return None
     return getattr(importlib.import_module(f"torchinfer.kernels.{folder}.fused_layer"), name)(parts)
 
@@ -232,6 +235,16 @@ def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight,
     Returns [N, O]. Source: arXiv 2211.15841.
     """
     return _port("grouped_matmul", x)(x, weight, group_sizes)
+
+
+def grouped_gated_matmul(
+    x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor, activation: str
+) -> Tensor:
+    """`gated_activation` of `grouped_matmul`: the first half of experts, in one pass where the device has it.
+
+    x: [N, I]; weight: [E, 2 * F, I] holding gate in its first half. Returns [N, F].
+    """
+    return _port("grouped_gated_matmul", x)(x, weight, group_sizes, activation)
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
