@@ -44,6 +44,7 @@ def matmul(
         [group_sizes, input_scale, weight.shift],
         weight.name,
         activation,
+        _name(x.dtype if weight.shift is None else torch.float32),
         weight.num_cores,
     )
     return result.to(x.dtype)
@@ -71,6 +72,7 @@ def _op(
     optional: list[Tensor | None],  # group_sizes, input_scale, shift
     name: str,
     activation: str | None,
+    result_dtype: str,
     num_cores: int,
 ) -> Tensor:
     import torch_xla.core.xla_builder as xla_builder
@@ -79,11 +81,12 @@ def _op(
     shape = (num_experts, num_words * NUMBERS_IN_WORD[name], num_outputs)
     # What the matrix unit takes as it is needs one plane; all else keeps its bits in two.
     planes = 1 if x.dtype == (torch.int8 if name in INTEGERS else torch.bfloat16) else 2
-    config = make_config(name, shape, scale.shape[1], x.shape[0], planes, activation, max(num_cores, 1))
+    sizes = (scale.shape[1], x.shape[0], planes, activation)
+    config = make_config(name, shape, *sizes, result_dtype=result_dtype, num_cores=max(num_cores, 1))
     has = tuple(each is not None for each in optional)
     arguments = (x, words, scale, *[each for each in optional if each is not None])
     if num_cores:
-        shapes = tuple((tuple(each.shape), str(each.dtype).removeprefix("torch.")) for each in arguments)
+        shapes = tuple((tuple(each.shape), _name(each.dtype)) for each in arguments)
         function = _kernel(config, has, shapes)
     else:
         function = _formulation(config, has)
@@ -99,10 +102,15 @@ def _(
     optional: list[Tensor | None],  # group_sizes, input_scale, shift
     name: str,
     activation: str | None,
+    result_dtype: str,
     num_cores: int,
 ) -> Tensor:
     num_outputs = words.shape[2] // (1 if activation is None else 2)
-    return torch.empty((x.shape[0], num_outputs), dtype=torch.float32, device=x.device)
+    return torch.empty((x.shape[0], num_outputs), dtype=getattr(torch, result_dtype), device=x.device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache

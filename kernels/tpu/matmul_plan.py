@@ -8,15 +8,17 @@ of rows that belong to nobody are visited too, to be filled with zeros. All of i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from torchinfer.kernels.tpu.page_layout import LANES, round_up
 from torchinfer.kernels.tpu.word_layout import INTEGERS, NUMBERS_IN_WORD
 
 EXPERT, TILE, BEGIN, END, IS_FIRST = range(5)  # rows of `visits`
-ROW_TILES = (16, 32, 64, 128)
+ROW_TILES = (8, 16, 32, 64, 128)
 BLOCK_BYTES = 2**22  # of a matrix that is fetched at once, at most
 BLOCK_TILES = 256  # of 128 inputs x 128 outputs in it, at most: they are unrolled
 WHOLE_BYTES = 2**23  # of a block that cannot be cut
@@ -36,6 +38,7 @@ class MatmulConfig:
     planes: int  # what a row of inputs is split into: rows of the matrix unit for each
     block_outputs: int  # columns of a block
     activation: str | None = None  # outputs are gate, then up; the result is activation(gate) * up
+    result_dtype: str = "float32"
 
     @property
     def is_integer(self) -> bool:
@@ -86,14 +89,16 @@ def make_config(
     num_rows: int,
     planes: int,
     activation: str | None = None,
+    *,
+    result_dtype: str = "float32",
     num_cores: int = 1,
 ) -> MatmulConfig:
-    """Sizes of blocks. A tile has the least rows that hold those of an expert if all have the same. A block has as many
-    outputs as it may; of one matrix there are at least four, so that copying one hides computing another, and cores
-    share them evenly."""
+    """Sizes of blocks. A tile has the least rows that hold all, or those of two experts if all have the same, so that
+    few experts' rows lie in more than one. A block has as many outputs as it may; of one matrix there are at least
+    four, so that copying one hides computing another, and cores share them evenly."""
     num_experts, num_inputs, num_outputs = shape
-    average = -(-num_rows // num_experts)
-    tile_rows = next((size for size in ROW_TILES if size >= average), ROW_TILES[-1])
+    wanted = num_rows if num_experts == 1 else -(-2 * num_rows // num_experts)
+    tile_rows = next((size for size in ROW_TILES if size >= wanted), ROW_TILES[-1])
     by_bytes = BLOCK_BYTES * NUMBERS_IN_WORD[name] // (4 * num_inputs)
     by_tiles = BLOCK_TILES * LANES * LANES // num_inputs
     most = max(min(by_bytes, by_tiles) // LANES, 1)
@@ -102,9 +107,8 @@ def make_config(
     else:
         assert can_gate(num_inputs, num_outputs, name)
         block = _divide(num_outputs // 2, max(most // 2, 1), num_cores) or num_outputs
-    return MatmulConfig(
-        name, num_experts, num_inputs, num_outputs, num_groups, num_rows, tile_rows, planes, block, activation
-    )
+    sizes = (num_experts, num_inputs, num_outputs, num_groups, num_rows, tile_rows, planes, block)
+    return MatmulConfig(name, *sizes, activation, result_dtype)
 
 
 def _cut(num_outputs: int, most: int, least_blocks: int, num_cores: int) -> int:
@@ -124,6 +128,13 @@ def _divide(num_outputs: int, most: int, num_cores: int) -> int | None:
     fitting = [size for size in range(1, min(most, tiles) + 1) if tiles % size == 0]
     even = [size for size in fitting if tiles // size % num_cores == 0 and 2 * size >= fitting[-1]]
     return (even or fitting)[-1] * LANES
+
+
+def dense_visits(config: MatmulConfig) -> Any:
+    """What `plan_visits` says of one matrix for all rows, known beforehand; an array of NumPy."""
+    tile = np.arange(config.num_tiles, dtype=np.int32)
+    zero, one = np.zeros_like(tile), np.ones_like(tile)
+    return np.stack((zero, tile, zero, one * config.tile_rows, one))
 
 
 def plan_visits(group_sizes: Array, config: MatmulConfig) -> Array:

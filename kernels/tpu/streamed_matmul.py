@@ -19,11 +19,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torchinfer.kernels.tpu.attention_chunk import E4M3_REST, E4M3_SHIFT, LARGEST
-from torchinfer.kernels.tpu.matmul_plan import BEGIN, END, EXPERT, IS_FIRST, TILE, MatmulConfig, plan_visits
+from torchinfer.kernels.tpu.matmul_plan import (
+    BEGIN,
+    END,
+    EXPERT,
+    IS_FIRST,
+    TILE,
+    MatmulConfig,
+    dense_visits,
+    plan_visits,
+)
 from torchinfer.kernels.tpu.page_layout import LANES
 from torchinfer.kernels.tpu.word_layout import NUMBERS_IN_WORD
 from torchinfer.kernels.tpu.word_unpacking import NIBBLE_UNIT, numbers_of, unpack_words
 
+UNITS = {"int4": NIBBLE_UNIT, "float8_e4m3fn": E4M3_REST}  # of what a product with the numbers in a kernel is
 VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
 Ref = Any  # a memory reference of Pallas
 
@@ -45,53 +55,90 @@ def streamed_matmul(
     x: [N, I], float; or whole numbers in int8, or e4m3, with their `input_scale` [N] float32; words int32 [E, W, O]
     (see `word_layout`), scale float32 [E, G, O]; group_sizes: [E] int32, sum at most N, None: one expert has all rows;
     shift: float32 [G, O], of one matrix without activation: subtracted from every number of a group, after its scale.
-    Returns [N, outputs of the config] float32, zeros for rows of nobody. Without `has_kernel` by XLA's operations.
+    Returns [N, outputs] of the config's dtype, zeros for rows of nobody. Without `has_kernel` by XLA's operations.
     """
-    sizes = jnp.full(1, x.shape[0], jnp.int32) if group_sizes is None else group_sizes
-    planes, unit = _split(x, input_scale, config)
-    if has_kernel:
-        out = _call(config, interpret)(plan_visits(sizes, config), planes, words, scale, unit)
-        out = out if config.activation is not None else out * unit[:, :1]
+    if config.is_integer and config.planes == 2:
+        planes, unit = split_rows(x, config, has_kernel, interpret)
     else:
-        out = _with_xla(sizes, planes, words, scale, unit, config)
-    result: Array = out[: x.shape[0]]
+        planes, unit = _as_operands(x, input_scale, config)
+    if config.name in UNITS:
+        unit = unit * UNITS[config.name]
+    if has_kernel:
+        visits = dense_visits(config) if group_sizes is None else plan_visits(group_sizes, config)
+        out = _call(config, interpret)(visits, planes, unit, words, scale)
+    else:
+        out = _with_xla(group_sizes, planes, unit, words, scale, config)
     if shift is not None:
         groups = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, config.num_inputs - x.shape[1])))
         sums = groups.reshape(x.shape[0], config.num_groups, -1).sum(2)
-        result = result - jnp.dot(sums, shift, precision="highest")
+        out = out - jnp.dot(sums, shift, precision="highest")
+    return out
+
+
+def _as_operands(x: Array, input_scale: Array | None, config: MatmulConfig) -> tuple[Array, Array]:
+    """[tiles, planes * rows, I] int8 or bfloat16, as the matrix unit takes them, and float32 [rows of tiles, 128], what
+    sums are multiples of."""
+    missing = (0, config.num_tiles * config.tile_rows - x.shape[0])
+    numbers = jnp.pad(x, (missing, (0, config.num_inputs - x.shape[1])))
+    unit = jnp.ones(x.shape[0]) if input_scale is None else input_scale
+    unit = jnp.broadcast_to(jnp.pad(unit, missing)[:, None], (numbers.shape[0], LANES))
+    if config.is_integer:
+        return numbers.reshape(config.num_tiles, config.tile_rows, config.num_inputs), unit
+    factor = E4M3_SHIFT if config.name == "float8_e4m3fn" else 1.0
+    numbers = numbers.astype(jnp.float32).reshape(config.num_tiles, -1, config.num_inputs) * factor
+    parts = [numbers.astype(jnp.bfloat16)]
+    if config.planes == 2:
+        parts.append((numbers - parts[0].astype(jnp.float32)).astype(jnp.bfloat16))
+    return jnp.concatenate(parts, 1), unit
+
+
+def split_rows(x: Array, config: MatmulConfig, has_kernel: bool, interpret: Any = False) -> tuple[Array, Array]:
+    """Rows as integers of 15 bits in two planes of int8, one below the other in each tile, and what they are multiples
+    of: as `_as_operands`. A kernel, because XLA makes ten operations of it."""
+    x = jnp.pad(x, ((0, 0), (0, config.num_inputs - x.shape[1])))
+    size, tiles = config.tile_rows, config.num_tiles
+    if not has_kernel:
+        x = jnp.pad(x, ((0, tiles * size - x.shape[0]), (0, 0)))
+        planes, unit = jax.vmap(_planes)(x.reshape(tiles, size, -1))
+        return planes.astype(jnp.int8), jnp.broadcast_to(unit.reshape(-1, 1), (tiles * size, LANES))
+
+    def kernel(rows: Ref, planes: Ref, unit: Ref) -> None:
+        whole, of_row = _planes(rows[...])
+        planes[0] = whole.astype(jnp.int8)
+        unit[...] = jnp.broadcast_to(of_row, unit.shape)
+
+    result: tuple[Array, Array] = pl.pallas_call(
+        kernel,
+        grid=(tiles,),
+        in_specs=[pl.BlockSpec((size, config.num_inputs), lambda tile: (tile, 0))],
+        out_specs=[
+            pl.BlockSpec((1, 2 * size, config.num_inputs), lambda tile: (tile, 0, 0)),
+            pl.BlockSpec((size, LANES), lambda tile: (tile, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((tiles, 2 * size, config.num_inputs), jnp.int8),
+            jax.ShapeDtypeStruct((tiles * size, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES),
+        name="split_rows",
+        interpret=interpret,
+    )(x)
     return result
 
 
-def _split(x: Array, input_scale: Array | None, config: MatmulConfig) -> tuple[Array, Array]:
-    """What the matrix unit takes, [tiles, planes * rows, I] int8 or bfloat16, and what sums are multiples of, float32
-    [rows, 128]."""
-    rows = (0, config.num_tiles * config.tile_rows - x.shape[0])
-    numbers = jnp.pad(x.astype(jnp.float32), (rows, (0, config.num_inputs - x.shape[1])))
-    unit = jnp.ones(x.shape[0]) if input_scale is None else input_scale
-    unit = jnp.pad(unit, rows)[:, None]
-    if config.is_integer and config.planes == 2:
-        unit = jnp.maximum(jnp.max(jnp.abs(numbers), 1, keepdims=True), 1e-30) * (1 / LARGEST)
-        whole = jnp.round(numbers / unit).astype(jnp.int32)
-        high = (whole + 64) >> 7
-        parts = [high.astype(jnp.int8), (whole - high * 128).astype(jnp.int8)]
-    elif config.is_integer:
-        parts = [numbers.astype(jnp.int8)]
-    else:
-        shifted = numbers * E4M3_SHIFT if config.name == "float8_e4m3fn" else numbers
-        parts = [shifted.astype(jnp.bfloat16)]
-        if config.planes == 2:
-            parts.append((shifted - parts[0].astype(jnp.float32)).astype(jnp.bfloat16))
-    if config.name == "int4":
-        unit = unit * NIBBLE_UNIT
-    if config.name == "float8_e4m3fn":
-        unit = unit * E4M3_REST
-    tiles = [part.reshape(config.num_tiles, config.tile_rows, config.num_inputs) for part in parts]
-    return jnp.concatenate(tiles, 1), jnp.broadcast_to(unit, (unit.shape[0], LANES))
+def _planes(rows: Array) -> tuple[Array, Array]:
+    """[rows, I] -> whole numbers [2 * rows, I] of 8 bits, the high plane, then the low one, and units [rows, 1]."""
+    rows = rows.astype(jnp.float32)
+    unit = jnp.maximum(jnp.max(jnp.abs(rows), 1, keepdims=True), 1e-30) * (1 / LARGEST)
+    whole = jnp.floor(rows / unit + 0.5).astype(jnp.int32)
+    high = (whole + 64) >> 7
+    return jnp.concatenate((high, whole - high * 128)), unit
 
 
 @functools.lru_cache
 def _call(config: MatmulConfig, interpret: Any) -> Any:
     size, width = config.tile_rows, config.block_outputs
+    num_visits = config.num_tiles if config.num_experts == 1 else config.num_visits
     words = [((1, config.num_words, width), offset) for offset in _offsets(config)]
     scales = [((1, config.num_groups, width), offset) for offset in _offsets(config)]
     result = config.result_outputs if config.is_whole else width
@@ -101,10 +148,10 @@ def _call(config: MatmulConfig, interpret: Any) -> Any:
 
     call = pl.pallas_call(
         functools.partial(_kernel, config=config),
-        out_shape=jax.ShapeDtypeStruct((config.num_tiles * size, config.result_outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((config.num_rows, config.result_outputs), jnp.dtype(config.result_dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(config.num_blocks, config.num_visits),
+            grid=(config.num_blocks, num_visits),
             in_specs=[
                 pl.BlockSpec(
                     (1, config.planes * size, config.num_inputs), lambda _, visit, visits: (visits[TILE, visit], 0, 0)
@@ -123,7 +170,7 @@ def _call(config: MatmulConfig, interpret: Any) -> Any:
         interpret=interpret,
     )
 
-    def with_blocks(visits: Array, planes: Array, words: Array, scale: Array, unit: Array) -> Array:
+    def with_blocks(visits: Array, planes: Array, unit: Array, words: Array, scale: Array) -> Array:
         num_matrices = len(_offsets(config))
         out: Array = call(visits, planes, unit, *[words] * num_matrices, *[scale] * num_matrices)
         return out
@@ -151,16 +198,16 @@ def _cost(config: MatmulConfig) -> pl.CostEstimate:
 
 
 def _kernel(visits: Ref, x: Ref, unit: Ref, *refs: Ref, config: MatmulConfig) -> None:
-    """One visit of one block of columns."""
-    matrices, out = refs[:-1], refs[-1]
-    half = len(matrices) // 2
+    """One visit of one block of columns. refs: matrices, their scales, the result."""
+    half, out = len(refs) // 2, refs[-1]
 
     def result() -> Array:
-        pairs = zip(matrices[:half], matrices[half:], strict=True)
-        return _gated([_product(x, unit, words, scale, config) for words, scale in pairs], config)
+        pairs = zip(refs[:half], refs[half : 2 * half], strict=True)
+        units = jnp.concatenate([unit[...]] * -(-config.block_outputs // LANES), 1)[:, : config.block_outputs]
+        return _gated([_product(x, words, scale, config) * units for words, scale in pairs], config)
 
     if config.num_experts == 1:
-        out[...] = result()
+        out[...] = result().astype(out.dtype)
         return
     visit = pl.program_id(1)
     begin, end = visits[BEGIN, visit], visits[END, visit]
@@ -170,7 +217,8 @@ def _kernel(visits: Ref, x: Ref, unit: Ref, *refs: Ref, config: MatmulConfig) ->
 
     def merge() -> None:
         row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
-        out[...] = jnp.where((row >= begin) & (row < end), result(), out[...])
+        is_mine = (row >= begin) & (row < end)
+        out[...] = jnp.where(is_mine, result(), out[...].astype(jnp.float32)).astype(out.dtype)
 
     pl.when(visits[IS_FIRST, visit] == 1)(fill)
     pl.when(begin < end)(merge)
@@ -187,17 +235,15 @@ def _gated(products: list[Array], config: MatmulConfig) -> Array:
     return jax.nn.gelu(gate, approximate=config.activation == "gelu_tanh") * up
 
 
-def _product(x: Ref, unit: Ref, words: Ref, scale: Ref, config: MatmulConfig) -> Array:
-    """[rows of a tile, columns of a block] float32. All loops are unrolled, so that the matrix unit is always fed."""
+def _product(x: Ref, words: Ref, scale: Ref, config: MatmulConfig) -> Array:
+    """[rows of a tile, columns of a block] float32, in units. All loops are unrolled: the matrix unit is always fed."""
     size, width = config.tile_rows, config.block_outputs
     group = config.num_inputs // config.num_groups
     sums = jnp.zeros((size, width), jnp.float32)
     for number in range(config.num_groups):
         of_group = _sum(x, words, number * group, (number + 1) * group, config)
         sums = sums + of_group * scale[0, number : number + 1]
-    if config.activation is None:  # then the caller multiplies by units
-        return sums
-    return sums * jnp.concatenate([unit[...]] * -(-width // LANES), 1)[:, :width]
+    return sums
 
 
 def _sum(x: Ref, words: Ref, begin: int, end: int, config: MatmulConfig) -> Array:
@@ -221,18 +267,19 @@ def _join(total: Array, config: MatmulConfig) -> Array:
 
 
 def _with_xla(
-    group_sizes: Array, planes: Array, words: Array, scale: Array, unit: Array, config: MatmulConfig
+    group_sizes: Array | None, planes: Array, unit: Array, words: Array, scale: Array, config: MatmulConfig
 ) -> Array:
     """The kernel's sums in XLA's operations, for devices without it: each expert's matrix meets all rows."""
     groups = (config.num_groups, config.num_inputs // config.num_groups)
     inputs = planes.astype(jnp.float32).reshape(*planes.shape[:2], *groups)
-    factor = {"int4": 1 / NIBBLE_UNIT, "float8_e4m3fn": 1 / (E4M3_SHIFT * E4M3_REST)}.get(config.name, 1.0)
-    row, ends = jnp.arange(unit.shape[0])[:, None], jnp.cumsum(group_sizes)
+    factor = 1 / (UNITS.get(config.name, 1.0) * (E4M3_SHIFT if config.name == "float8_e4m3fn" else 1.0))
+    sizes = jnp.full(1, unit.shape[0]) if group_sizes is None else group_sizes
+    row, ends = jnp.arange(unit.shape[0])[:, None], jnp.cumsum(sizes)
     out = jnp.zeros((unit.shape[0], config.num_outputs), jnp.float32)
     for expert in range(config.num_experts):
         matrix = numbers_of(words[expert], config.name).reshape(*groups, config.num_outputs) * factor
         sums = _join(jnp.einsum("trgi,gio->gtro", inputs, matrix, precision="highest"), config)
         total = (sums * scale[expert][:, None, None]).sum(0).reshape(out.shape)
-        is_mine = (row >= ends[expert] - group_sizes[expert]) & (row < ends[expert])
+        is_mine = (row >= ends[expert] - sizes[expert]) & (row < ends[expert])
         out = jnp.where(is_mine, total, out)
-    return _gated([out * unit[:, :1]], config)
+    return _gated([out * unit[:, :1]], config)[: config.num_rows].astype(config.result_dtype)
