@@ -88,32 +88,29 @@ def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> Pr
     `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
     """
     values = weight if isinstance(weight, Tensor) else weight.values
-    device_type = values.device.type
-    folder = _find_folder(device_type)
-    if folder not in PREPARING:
-        return None
-    prepared: PreparedWeight | None
-    prepared = importlib.import_module(f"torchinfer.kernels.{folder}.packed_weight").prepare(weight, may_overwrite)
+    module = _preparing_module(values, "packed_weight")
+    prepared: PreparedWeight | None = None if module is None else module.prepare(weight, may_overwrite)
     return prepared
 
 
 def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
     """One call for half a layer, if the device has it: the same bits as its ops one by one."""
-    fused: FusedAttention | None = _fused("fuse_attention", parts)
+    module = _preparing_module(parts.norm, "fused_layer")
+    fused: FusedAttention | None = None if module is None else module.fuse_attention(parts)
     return fused
 
 
 def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
     """As `fuse_attention`, for the other half."""
-    fused: FusedMLP | None = _fused("fuse_mlp", parts)
+    module = _preparing_module(parts.norm, "fused_layer")
+    fused: FusedMLP | None = None if module is None else module.fuse_mlp(parts)
     return fused
 
 
-def _fused(name: str, parts: AttentionParts | MLPParts) -> Any:
-    folder = _find_folder(parts.norm.device.type)
-    if folder not in PREPARING:
-        return None
-    return getattr(importlib.import_module(f"torchinfer.kernels.{folder}.fused_layer"), name)(parts)
+def _preparing_module(where: Tensor, name: str) -> Any:
+    """That module of the folder for a tensor's device; None where the folder prepares nothing."""
+    folder = _find_folder(where.device.type)
+    return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,6 @@ using namespace torchinfer;
 
 namespace {
 
-int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 bool is_aligned(const void* pointer, int64_t alignment) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(alignment) == 0;
 }
