@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from torchinfer.batch import KVCache
+from torchinfer.kernels import greedy, sample
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.moe import MoE
 from torchinfer.request import TokenLogprobs
-from torchinfer.sampler import LogprobTensors, apply_edits, greedy, logprobs_of, sample
+from torchinfer.sampler import LogprobTensors, apply_edits, logprobs_of
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.sequence import Sequence
 from torchinfer.step_input import Ints, StepShape, pack, unpack, unpack_sampling

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchinfer.batch import Batch, KVCache
+from torchinfer.batch import Batch, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -35,6 +35,8 @@ PORTS: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
     "dequantize": (),
+    "greedy": ("cpu",),
+    "sample": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -203,3 +205,19 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The numbers that a quantized matrix stands for: float32 [O, I]."""
     return _port("dequantize", weight.values)(weight)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token ids [R] int32 from logits [R, V] float32; the smallest id of equal ones."""
+    return _port("greedy", logits)(logits)
+
+
+def sample(logits: Tensor, params: SamplingTensors, *, any_filter: bool) -> Tensor:
+    """Token ids [R] int32 from logits [R, V] float32, drawn with one number in [0, 1) for each row.
+
+    The logits over the temperature are kept that top_k, then top_p among those, then min_p leave, and those equal to
+    the last of them. The number picks the token by inversion of the cumulative distribution in vocabulary order, so an
+    id does not depend on the batch. Rows with temperature 0, and those without a distribution (NaN, infinity), are
+    greedy. `any_filter`: some row has top_k, top_p or min_p. Source: arXiv 1904.09751 (top-p), 2407.01082 (min-p).
+    """
+    return _port("sample", logits)(logits, params, any_filter)
