@@ -128,7 +128,7 @@ def compiled_cells(step: CompiledStep, case: Case) -> list[str]:
         name,
         f"{program.peak_bytes / 1e9:.2f}",
         f"{program.peak_bytes / capacity.memory_bytes:.0%}",
-        f"{program.bytes_accessed / 1e9:.1f}, {program.bytes_accessed / step.needed_bytes:.1f}",
+        f"{step.moved_bytes / 1e9:.2f}, {step.moved_bytes / step.needed_bytes:.2f}",
         str(collectives.get("all-reduce", 0)),
         ", ".join(others) or "none",
         f"{1000 * step.estimated_seconds:.1f}",
