@@ -53,9 +53,9 @@ COMPILED_NOTES = (
     "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
     "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
     "cache tokens: that fit if the work's part does not grow with the cache. GB moved: between the chip and its "
-    "memory, counted in the compiled program, and how many times weights and cache of the requests that is; attention's kernel "
-    "counts the pages that rows of full length fetch. ms: the compiler's cycles of the operations that it estimates "
-    "and the memory's time for kernels, one after the other: without gathers, transfers and waiting.",
+    "memory, counted in the compiled program, and how many times weights and cache of the requests that is; "
+    "attention's kernel counts the pages that rows of full length fetch. ms: the compiler's cycles of the operations "
+    "that it estimates and the memory's time for kernels, one after the other: without gathers, transfers and waiting.",
     "Experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the "
     "pages of every token's request where there are no kernels (kernels/tpu/paged_attention.py): formulations for "
     "correctness, which move far more than is needed.",
