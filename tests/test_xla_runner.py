@@ -139,7 +139,7 @@ def test_pages_of_the_attention_kernel_give_the_cpus_ids_and_compile_nothing_aft
     save_random_checkpoint(tiny_config(name), tmp_path)
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 160) for _ in range(length)] for length in (125, 150, 9, 2)]  # two pages, or one
-    options = OPTIONS | {"max_num_batched_tokens": 32, "max_model_len": 200, "kv_cache_dtype": kv_cache_dtype}
+    options = OPTIONS | {"max_num_batched_tokens": 16, "max_model_len": 200, "kv_cache_dtype": kv_cache_dtype}
     with LLM(tmp_path, **options) as llm:
         before = llm.stats().num_compilations
         outputs = llm.generate(prompts, greedy())

@@ -20,6 +20,7 @@ from typing import Any
 from torchinfer import aot
 from torchinfer.device import free_memory_bytes
 from torchinfer.errors import ConfigError, DeviceError, TorchinferError
+from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
 from torchinfer.planner.options import PlanOptions
 from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
@@ -49,6 +50,7 @@ class CompiledStep:
     program: aot.Compiled | None
     error: str | None
     seconds: float  # of tracing and compiling
+    moved_bytes: int = 0  # between the chip and its memory
 
     @property
     def cache_bytes(self) -> int:
@@ -78,10 +80,12 @@ class CompiledStep:
 
     @property
     def estimated_seconds(self) -> float:
-        """The compiler's cycles of all operations that it has an estimate for, one after the other."""
+        """The compiler's cycles of all operations that it has an estimate for, and the memory's time for what Pallas
+        kernels read and write, one after the other."""
         assert self.program is not None
+        chip = aot.CHIPS[self.placement.accelerator.name]
         cycles = sum(map(int, _CYCLES.findall(self.program.hlo)))
-        return cycles / aot.CHIPS[self.placement.accelerator.name].clock_hz
+        return cycles / chip.clock_hz + kernel_bytes(self.program.hlo) / chip.hbm_bytes_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes, seconds."""
@@ -106,6 +110,7 @@ class CompiledStep:
             "num_tokens_left": self.num_tokens_left,
             "flops": program.flops,
             "bytes_accessed": program.bytes_accessed,
+            "moved_bytes": self.moved_bytes,
             "needed_bytes": self.needed_bytes,
             "estimated_seconds": self.estimated_seconds,
             "collectives": self.collectives,
@@ -175,7 +180,8 @@ def _compile_step(
     started = time.monotonic()
     program, error = _try(request, place, options.compile_seconds)
     needed = part.weight_bytes + batch * part.request_bytes(plan.context)
-    return CompiledStep(place, kind, shape, num_pages, needed, program, error, time.monotonic() - started)
+    moved = 0 if program is None else hbm_bytes(program.hlo)
+    return CompiledStep(place, kind, shape, num_pages, needed, program, error, time.monotonic() - started, moved)
 
 
 def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tuple[aot.Compiled | None, str | None]:

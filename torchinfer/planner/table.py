@@ -52,11 +52,12 @@ COMPILED = (
 COMPILED_NOTES = (
     "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
     "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
-    "cache tokens: that fit if the work's part does not grow with the cache. GB moved: by XLA's cost model, and how "
-    "many times weights and cache of the requests that is. ms: the compiler's cycles of the operations that it "
-    "estimates, one after the other: without gathers, kernels, transfers and waiting.",
-    "Where there are no kernels, attention gathers the pages of every token's request (kernels/tpu/paged_attention.py) "
-    "and experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py): formulations for "
+    "cache tokens: that fit if the work's part does not grow with the cache. GB moved: between the chip and its "
+    "memory, counted in the compiled program, and how many times weights and cache of the requests that is; "
+    "attention's kernel counts the pages that rows of full length fetch. ms: the compiler's cycles of the operations "
+    "that it estimates and the memory's time for kernels, one after the other: without gathers, transfers and waiting.",
+    "Experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the "
+    "pages of every token's request where there are no kernels (kernels/tpu/paged_attention.py): formulations for "
     "correctness, which move far more than is needed.",
 )
 LANES = 128  # numbers in a row of a TPU's tile
@@ -152,8 +153,8 @@ def _compiled_cells(step: CompiledStep) -> tuple[str, ...]:
         f"{program.peak_bytes / step.placement.capacity.memory_bytes:.0%}",
         f"{step.num_tokens_left:,}",
         f"{program.flops / 1e9:,.0f}",
-        f"{program.bytes_accessed / 1e9:,.1f}",
-        f"{program.bytes_accessed / step.needed_bytes:.2f}",
+        f"{step.moved_bytes / 1e9:,.2f}",
+        f"{step.moved_bytes / step.needed_bytes:.2f}",
         f"{1000 * step.estimated_seconds:,.1f}",
         collectives or "none",
         str(step.num_kernels),

@@ -43,7 +43,7 @@ MLIR_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """A program with the outputs logits [R, V], hidden [T, H], and each cache tensor, written in place."""
+    """A program with the outputs each cache tensor, written in place, hidden [T, H], and logits [R, V]."""
 
     text: str
     donated: tuple[int, ...]  # the arguments that are caches
@@ -98,7 +98,9 @@ def trace_step(
     hidden = model(step.batch, caches)
     logits = gather(model.logits(hidden[step.sample_index]))
     tensors = [tensor for cache in caches for tensor in cache.tensors]
-    text: str = xla_model.get_stablehlo([logits, hidden, *tensors])
+    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # with results of the same type in their order, and copies a cache that is paired with another layer's.
+    text: str = xla_model.get_stablehlo([*tensors, hidden, logits])
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
     return TracedStep(text, cache_arguments(text, types))
 
