@@ -1,8 +1,8 @@
 """Which expert's matrix meets which rows, and how large the blocks are.
 
 Rows are sorted by expert and cut into tiles. A visit is a tile with one expert that has rows in it, in the order of the
-experts: of E experts and T tiles there are at most T + E, and a matrix that several visits share is fetched once. Tiles
-of rows that belong to nobody are visited too, to be filled with zeros. All of it is computed on the device.
+experts: of E experts and T tiles there are less than T + E, and a matrix that several visits share is fetched once. All
+of it is computed on the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax import Array
 from torchinfer.kernels.tpu.page_layout import LANES, round_up
 from torchinfer.kernels.tpu.word_layout import INTEGERS, NUMBERS_IN_WORD
 
-EXPERT, TILE, BEGIN, END, IS_FIRST = range(5)  # rows of `visits`
+EXPERT, TILE, BEGIN, END = range(4)  # rows of `visits`
 ROW_TILES = (8, 16, 32, 64, 128)
 BLOCK_BYTES = 2**22  # of a matrix that is fetched at once, at most
 BLOCK_TILES = 256  # of 128 inputs x 128 outputs in it, at most: they are unrolled
@@ -53,7 +53,7 @@ class MatmulConfig:
     @property
     def num_visits(self) -> int:
         """Pairs of tile and expert, at most."""
-        return self.num_tiles + min(self.num_experts, self.num_rows)
+        return self.num_tiles + min(self.num_experts, self.num_rows) - 1
 
     @property
     def num_words(self) -> int:
@@ -133,34 +133,30 @@ def _divide(num_outputs: int, most: int, num_cores: int) -> int | None:
 def dense_visits(config: MatmulConfig) -> Any:
     """What `plan_visits` says of one matrix for all rows, known beforehand; an array of NumPy."""
     tile = np.arange(config.num_tiles, dtype=np.int32)
-    zero, one = np.zeros_like(tile), np.ones_like(tile)
-    return np.stack((zero, tile, zero, one * config.tile_rows, one))
+    zero = np.zeros_like(tile)
+    return np.stack((zero, tile, zero, zero + config.tile_rows))
 
 
 def plan_visits(group_sizes: Array, config: MatmulConfig) -> Array:
-    """int32 [5, visits]: expert, tile, the expert's rows [begin, end) in the tile, and 1 if the tile is seen first.
+    """int32 [4, visits]: expert, tile, and the expert's rows [begin, end) in the tile.
 
-    group_sizes: [E] int32, sum at most the rows. Visits beyond the last repeat its tile and have no rows.
+    group_sizes: [E] int32, sum at most the rows. Visits beyond the last repeat it and have no rows.
     """
-    size, num_tiles, num_experts = config.tile_rows, config.num_tiles, config.num_experts
-    # Behind the experts a last group: the rows of nobody.
-    ends = jnp.concatenate((jnp.cumsum(group_sizes), jnp.full(1, num_tiles * size, group_sizes.dtype)))
-    starts = jnp.concatenate((jnp.zeros(1, ends.dtype), ends[:-1]))
+    size, number = config.tile_rows, jnp.arange(config.num_experts)
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
     first = starts // size
-    counts = jnp.where(ends > starts, (ends - 1) // size + 1 - first, 0)
-    before = jnp.cumsum(counts) - counts
+    counts = jnp.where(group_sizes > 0, (ends - 1) // size + 1 - first, 0)
+    after = jnp.cumsum(counts)
     visit = jnp.arange(config.num_visits)[:, None]
-    is_in = (visit >= before) & (visit < before + counts)  # [visits, groups]; sums over it, since gathers are slow
+    is_mine = (visit >= after - counts) & (visit < after)  # [visits, experts]; sums over it, since gathers are slow
 
-    def of_group(values: Array) -> Array:
-        return jnp.where(is_in, values, 0).sum(1)
+    def of_expert(values: Array) -> Array:
+        return jnp.where(is_mine, values, 0).sum(1)
 
-    group = of_group(jnp.arange(num_experts + 1))
-    is_live = is_in[:, :num_experts].any(1)
-    tile = jnp.where(is_in.any(1), of_group(first + visit - before), num_tiles - 1)
-    last_expert = jnp.max(jnp.where(group_sizes > 0, jnp.arange(num_experts), 0))
-    expert = jnp.where(is_live, group, last_expert)
-    begin = jnp.where(is_live, jnp.maximum(of_group(starts) - tile * size, 0), 0)
-    end = jnp.where(is_live, jnp.minimum(of_group(ends) - tile * size, size), 0)
-    is_first = jnp.concatenate((jnp.ones(1, bool), tile[1:] != tile[:-1]))
-    return jnp.stack((expert, tile, begin, end, is_first)).astype(jnp.int32)
+    is_live = is_mine.any(1)
+    expert = jnp.where(is_live, of_expert(number), jnp.max(jnp.where(group_sizes > 0, number, 0)))
+    tile = jnp.where(is_live, of_expert(first + visit - after + counts), jnp.maximum(ends[-1] - 1, 0) // size)
+    begin = jnp.where(is_live, jnp.maximum(of_expert(starts) - tile * size, 0), 0)
+    end = jnp.where(is_live, jnp.minimum(of_expert(ends) - tile * size, size), 0)
+    return jnp.stack((expert, tile, begin, end)).astype(jnp.int32)

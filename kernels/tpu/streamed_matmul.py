@@ -23,7 +23,6 @@ from torchinfer.kernels.tpu.matmul_plan import (
     BEGIN,
     END,
     EXPERT,
-    IS_FIRST,
     TILE,
     MatmulConfig,
     dense_visits,
@@ -66,6 +65,8 @@ def streamed_matmul(
     if has_kernel:
         visits = dense_visits(config) if group_sizes is None else plan_visits(group_sizes, config)
         out = _call(config, interpret)(visits, planes, unit, words, scale)
+        if group_sizes is not None:
+            out = jnp.where(jnp.arange(x.shape[0])[:, None] < group_sizes.sum(), out, 0)  # nobody's were not written
     else:
         out = _with_xla(group_sizes, planes, unit, words, scale, config)
     if shift is not None:
@@ -138,7 +139,6 @@ def _planes(rows: Array) -> tuple[Array, Array]:
 @functools.lru_cache
 def _call(config: MatmulConfig, interpret: Any) -> Any:
     size, width = config.tile_rows, config.block_outputs
-    num_visits = config.num_tiles if config.num_experts == 1 else config.num_visits
     words = [((1, config.num_words, width), offset) for offset in _offsets(config)]
     scales = [((1, config.num_groups, width), offset) for offset in _offsets(config)]
     result = config.result_outputs if config.is_whole else width
@@ -151,7 +151,7 @@ def _call(config: MatmulConfig, interpret: Any) -> Any:
         out_shape=jax.ShapeDtypeStruct((config.num_rows, config.result_outputs), jnp.dtype(config.result_dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(config.num_blocks, num_visits),
+            grid=(config.num_blocks, config.num_visits),
             in_specs=[
                 pl.BlockSpec(
                     (1, config.planes * size, config.num_inputs), lambda _, visit, visits: (visits[TILE, visit], 0, 0)
@@ -190,9 +190,10 @@ def _cost(config: MatmulConfig) -> pl.CostEstimate:
     rows = config.num_tiles * config.tile_rows
     matrices = num_experts * (4 * config.num_words + 4 * config.num_groups) * config.num_outputs
     inputs = rows * config.planes * config.num_inputs * (1 if config.is_integer else 2)
+    inputs *= config.num_blocks if config.num_tiles > 1 else 1  # a tile stays only if it is the only one
     return pl.CostEstimate(
         flops=2 * rows * config.planes * numbers,
-        bytes_accessed=matrices + inputs + 4 * rows * config.result_outputs,
+        bytes_accessed=matrices + inputs + rows * config.result_outputs * jnp.dtype(config.result_dtype).itemsize,
         transcendentals=0 if config.activation is None else rows * config.result_outputs,
     )
 
@@ -212,15 +213,11 @@ def _kernel(visits: Ref, x: Ref, unit: Ref, *refs: Ref, config: MatmulConfig) ->
     visit = pl.program_id(1)
     begin, end = visits[BEGIN, visit], visits[END, visit]
 
-    def fill() -> None:
-        out[...] = jnp.zeros_like(out)
-
     def merge() -> None:
         row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 0)
         is_mine = (row >= begin) & (row < end)
         out[...] = jnp.where(is_mine, result(), out[...].astype(jnp.float32)).astype(out.dtype)
 
-    pl.when(visits[IS_FIRST, visit] == 1)(fill)
     pl.when(begin < end)(merge)
 
 
@@ -237,25 +234,24 @@ def _gated(products: list[Array], config: MatmulConfig) -> Array:
 
 def _product(x: Ref, words: Ref, scale: Ref, config: MatmulConfig) -> Array:
     """[rows of a tile, columns of a block] float32, in units. All loops are unrolled: the matrix unit is always fed."""
-    size, width = config.tile_rows, config.block_outputs
     group = config.num_inputs // config.num_groups
-    sums = jnp.zeros((size, width), jnp.float32)
-    for number in range(config.num_groups):
-        of_group = _sum(x, words, number * group, (number + 1) * group, config)
-        sums = sums + of_group * scale[0, number : number + 1]
-    return sums
+    parts = [
+        _sum(x, words, number * group, (number + 1) * group, config) * scale[0, number : number + 1]
+        for number in range(config.num_groups)
+    ]
+    return functools.reduce(jnp.add, parts)
 
 
 def _sum(x: Ref, words: Ref, begin: int, end: int, config: MatmulConfig) -> Array:
     """The products of inputs [begin, end), summed in int32 or float32 -> float32 [rows of a tile, columns]."""
     dtype = jnp.int32 if config.is_integer else jnp.float32
-    total = jnp.zeros((config.planes * config.tile_rows, config.block_outputs), dtype)
     numbers = NUMBERS_IN_WORD[config.name]
+    parts = []
     for first in range(begin, end, LANES):
         last = min(first + LANES, end)
         matrix = unpack_words(words[0, first // numbers : last // numbers], config.name)
-        total = total + jnp.dot(x[0, :, first:last], matrix, preferred_element_type=dtype)
-    return _join(total, config)
+        parts.append(jnp.dot(x[0, :, first:last], matrix, preferred_element_type=dtype))
+    return _join(functools.reduce(jnp.add, parts), config)
 
 
 def _join(total: Array, config: MatmulConfig) -> Array:
