@@ -38,7 +38,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "quantized_matmul": (),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu",),
+    "sample": ("cpu", "tpu"),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
