@@ -154,7 +154,8 @@ def _threshold(scaled: Ref, weight: Ref | None, limit: Array, highest: Array) ->
         lowest = _to_key(jnp.full_like(highest, -jnp.inf))
         return _from_key(_bisect(lowest, _to_key(highest), 2**32, is_less))
 
-    return jax.lax.cond(jnp.min(limit) < jnp.inf, found, lambda: jnp.full_like(highest, -jnp.inf))
+    is_limited = jnp.max(jnp.where(limit < jnp.inf, 1.0, 0.0)) > 0  # not NaN, which is one row's own
+    return jax.lax.cond(is_limited, found, lambda: jnp.full_like(highest, -jnp.inf))
 
 
 def _bisect(low: Array, high: Array, size: int, is_true: Callable[[Array], Array]) -> Array:
