@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchinfer.batch import Batch, KVCache, SamplingTensors
+from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -115,6 +116,25 @@ def _preparing_module(where: Tensor, name: str) -> Any:
     return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
 
 
+def kernel_pages(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_cores: int
+) -> KernelPages | str:
+    """The pages of the TPU's attention kernel for a layer's heads, or why it cannot take them. Needs no TPU."""
+    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout")
+    name = str(dtype).removeprefix("torch.")
+    problem: str | None = layout.head_problem(num_heads, num_kv_heads, name)
+    if problem is not None:
+        return problem
+    return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
+
+
+def load_page_attention() -> None:
+    """Import what computes over caches with `pages`: jax, and the kernel."""
+    load_ports("xla")["attend_and_write"] = importlib.import_module(
+        "torchinfer.kernels.tpu.attention_op"
+    ).attend_and_write
+
+
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x times the transposed matrix, plus bias.
 
@@ -181,6 +201,27 @@ def paged_attention(
     Source: arXiv 2309.06180 (paged), 2604.15464 (ragged); Gemma 2 for the soft cap.
     """
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
+
+
+def attend_and_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: KVCache,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """`write_kv_pages` of the step's keys and values, then `paged_attention`; one sweep over a cache with `pages`.
+
+    query: [T, H, D]; key, value: [T, K, D]. Returns [T, H, D].
+    """
+    if kv_cache.pages is not None:
+        return _port("attend_and_write", query)(query, key, value, kv_cache, batch, scale, window, soft_cap)
+    write_kv_pages(key, value, kv_cache, batch.slot)
+    return paged_attention(query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor) -> Tensor:

@@ -135,9 +135,8 @@ class Attention(Layer):
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
         query, key = self._rotate(query_key, rope)
-        kernels.write_kv_pages(key, value, kv_cache, batch.slot)
-        attended = kernels.paged_attention(
-            query, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
+        attended = kernels.attend_and_write(
+            query, key, value, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
         )
         return self.output(attended.flatten(1))
 
