@@ -35,6 +35,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
     "dequantize": (),
+    "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -206,3 +207,15 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The numbers that a quantized matrix stands for: float32 [O, I]."""
     return _port("dequantize", weight.values)(weight)
+
+
+def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: int, column_block: int) -> None:
+    """Quantize rows of a matrix by `row_block` outputs and `column_block` inputs that share a scale, in place.
+
+    weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
+    [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
+    block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
+    that gives the least squared error. All-zero blocks get scale 1. A number that is not finite makes its scale so, too.
+    Source: kernels/reference/quantize_matrix.py.
+    """
+    _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)
