@@ -27,7 +27,9 @@ def random(shape, dtype, seed=0):
 def empty(scheme, shape):
     """The scheme's tensors, each in front of a guard."""
     specs = scheme.tensors(*shape).values()
-    memory = [torch.full((math.prod(spec.shape) * spec.dtype.itemsize + 64,), 0xA5, dtype=torch.uint8) for spec in specs]
+    memory = [
+        torch.full((math.prod(spec.shape) * spec.dtype.itemsize + 64,), 0xA5, dtype=torch.uint8) for spec in specs
+    ]
     return memory, [part[:-64].view(spec.dtype).view(spec.shape) for part, spec in zip(memory, specs, strict=True)]
 
 

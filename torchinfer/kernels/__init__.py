@@ -215,7 +215,7 @@ def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: in
     weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
     [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
     block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
-    that gives the least squared error. All-zero blocks get scale 1. A number that is not finite makes its scale so, too.
+    that gives the least squared error. Blocks of zeros get scale 1. What is not finite makes its scale so, too.
     Source: kernels/reference/quantize_matrix.py.
     """
     _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)

@@ -55,6 +55,7 @@ void pack_block(const PackedWeight& weight, const uint8_t* rows, int64_t num_out
             const uint8_t* const row = rows + output * stride;
             uint8_t* const column = target + place(kFormat, output);
             const int64_t whole = output < num_outputs ? std::min(last, whole_steps) : first;
+            __builtin_prefetch(row + last * kStepSize);  // rows are too far apart for the hardware to see it coming
             int64_t step = first;
             for (; step < whole; ++step) put_step<kFormat>(row + step * kStepSize, column + step * kStepBytes);
             for (; step < last; ++step) {
