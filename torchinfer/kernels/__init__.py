@@ -38,6 +38,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu",),
+    "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -262,3 +263,15 @@ def sample(logits: Tensor, params: SamplingTensors, *, any_filter: bool) -> Tens
     greedy. `any_filter`: some row has top_k, top_p or min_p. Source: arXiv 1904.09751 (top-p), 2407.01082 (min-p).
     """
     return _port("sample", logits)(logits, params, any_filter)
+
+
+def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: int, column_block: int) -> None:
+    """Quantize rows of a matrix by `row_block` outputs and `column_block` inputs that share a scale, in place.
+
+    weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
+    [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
+    block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
+    that gives the least squared error. Blocks of zeros get scale 1. What is not finite makes its scale so, too.
+    Source: kernels/reference/quantize_matrix.py.
+    """
+    _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)
