@@ -27,13 +27,14 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpu",),
+    "linear": ("cpu", "tpu"),
     "rms_norm": ("cpu",),
     "rotary_embedding": ("cpu",),
     "gated_activation": ("cpu",),
     "write_kv_pages": ("cpu", "tpu"),
     "paged_attention": ("cpu", "tpu"),
     "grouped_matmul": ("cpu", "tpu"),
+    "grouped_gated_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
     "dequantize": (),
     "greedy": ("cpu",),
@@ -85,12 +86,20 @@ def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     return _loaded[device_type][op]
 
 
-def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PreparedWeight | None:
+def prepare(
+    weight: Tensor | QuantizedWeight, may_overwrite: bool = False, num_cores: int | None = None
+) -> PreparedWeight | None:
     """Bring a matrix [O, I], or experts' [E, O, I], into the layout that the device's kernels stream, once.
 
     None where the device has no such layout or no kernel for the matrix, which then stays as it is. With
-    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
+    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more. `num_cores` are
+    those of a TPU, for which matrices without memory can be prepared, too; with 0 XLA computes the same without
+    kernels.
     """
+    if num_cores is not None:
+        module = importlib.import_module("torchinfer.kernels.tpu.packed_weight")
+        packed: PreparedWeight | None = module.prepare(weight, num_cores)
+        return packed
     values = weight if isinstance(weight, Tensor) else weight.values
     module = _preparing_module(values, "packed_weight")
     prepared: PreparedWeight | None = None if module is None else module.prepare(weight, may_overwrite)
@@ -112,7 +121,7 @@ def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
 
 
 def _preparing_module(where: Tensor, name: str) -> Any:
-    """That module of the folder for a tensor's device; None where the folder prepares nothing."""
+    """That module of the folder for a tensor's device; None where the folder prepares nothing by itself."""
     folder = _find_folder(where.device.type)
     return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
 
@@ -232,6 +241,16 @@ def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight,
     Returns [N, O]. Source: arXiv 2211.15841.
     """
     return _port("grouped_matmul", x)(x, weight, group_sizes)
+
+
+def grouped_gated_matmul(
+    x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor, activation: str
+) -> Tensor:
+    """`gated_activation` of `grouped_matmul`: the first half of experts, in one pass where the device has it.
+
+    x: [N, I]; weight: [E, 2 * F, I] holding gate in its first half. Returns [N, F].
+    """
+    return _port("grouped_gated_matmul", x)(x, weight, group_sizes, activation)
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
