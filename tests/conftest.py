@@ -13,6 +13,8 @@ import pytest
 import torch
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed jax would look for a TPU
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, whose own functions look for it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

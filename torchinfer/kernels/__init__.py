@@ -9,7 +9,7 @@ Letters: T tokens, R request rows, H query heads, K key-value heads, D head size
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
     "linear": ("cpu",),
-    "rms_norm": ("cpu",),
-    "rotary_embedding": ("cpu",),
-    "gated_activation": ("cpu",),
-    "write_kv_pages": ("cpu", "tpu"),
+    "rms_norm": ("cpu", "cuda"),
+    "rotary_embedding": ("cpu", "cuda"),
+    "gated_activation": ("cpu", "cuda"),
+    "write_kv_pages": ("cpu", "tpu", "cuda"),
     "paged_attention": ("cpu", "tpu"),
     "grouped_matmul": ("cpu", "tpu"),
     "quantized_matmul": (),
@@ -61,6 +61,9 @@ def _find_folder(device_type: str) -> str:
         folder = BACKENDS.get(device_type, "reference")
         is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
         if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
+            folder = "reference"
+        if folder == "cuda" and importlib.util.find_spec("triton") is None:
+            logger.warning("triton is not installed: PyTorch computes what its kernels would; install torchinfer[cuda]")
             folder = "reference"
         _folders[device_type] = folder
     return _folders[device_type]
