@@ -1,0 +1,145 @@
+"""Products with matrices in fewer bits, one matrix or a group's of many, from rows in their own dtype or in 8 bits.
+
+    element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
+
+Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of inputs
+multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte are two
+products: of even inputs with low halves, of odd ones with high halves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SWIZZLE: tl.constexpr = tl.constexpr(8)  # blocks of rows that go through the outputs together, for the second cache
+
+
+@triton.jit
+def group_of(
+    block: tl.tensor,
+    group_sizes: tl.tensor,  # [E] int32
+    num_rows: tl.tensor,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,  # above NUM_GROUPS
+    BLOCK_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The group of a block of rows, and its rows from the block's first on; rows past the sum are group NUM_GROUPS.
+
+    A block that is beyond all rows gets start = end.
+    """
+    index = tl.arange(0, BLOCK_GROUPS)
+    sizes = tl.load(group_sizes + index, mask=index < NUM_GROUPS, other=0)
+    sizes = tl.where(index == NUM_GROUPS, num_rows - tl.sum(sizes, 0), sizes)
+    blocks = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
+    group = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    first_row = tl.sum(tl.where(index < group, sizes, 0), 0)
+    first_block = tl.sum(tl.where(index < group, blocks, 0), 0)
+    end = first_row + tl.sum(tl.where(index == group, sizes, 0), 0)
+    return group, tl.minimum(first_row + (block - first_block) * BLOCK_ROWS, end), end
+
+
+@triton.jit
+def matmul_kernel(
+    x: tl.tensor,  # [N, I], rows `stride` apart; or int8, e4m3 where HAS_ROW_SCALE
+    values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES
+    scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
+    zero: tl.tensor,  # [E, O, G], where HAS_ZERO
+    row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
+    group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
+    result: tl.tensor,  # [N, O]
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    num_scale_rows: tl.tensor,  # S
+    num_columns: tl.tensor,  # G
+    num_row_blocks: tl.tensor,
+    stride: tl.tensor,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,  # 0: G is 1
+    NUM_GROUPS: tl.constexpr,  # 0: one matrix for all rows
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    IS_NIBBLES: tl.constexpr,
+    IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
+    SUM: tl.constexpr,  # dtype of the sums
+) -> None:
+    """A program computes BLOCK_ROWS x BLOCK_OUTPUTS results."""
+    in_swizzle = SWIZZLE * tl.cdiv(num_outputs, BLOCK_OUTPUTS)
+    first_block = tl.program_id(0) // in_swizzle * SWIZZLE
+    height = tl.minimum(num_row_blocks - first_block, SWIZZLE)
+    block = first_block + tl.program_id(0) % in_swizzle % height
+    output = tl.program_id(0) % in_swizzle // height * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    group, start, end = tl.cast(0, tl.int32), block * BLOCK_ROWS, num_rows
+    if NUM_GROUPS > 0:
+        group, start, end = group_of(block, group_sizes, num_rows, NUM_GROUPS, BLOCK_GROUPS, BLOCK_ROWS)
+        if start >= end:
+            return
+    row = start + tl.arange(0, BLOCK_ROWS)
+    is_row, is_output = row < end, output < num_outputs
+    target = result + row[:, None].to(tl.int64) * num_outputs + output[None, :]
+    if NUM_GROUPS > 0:
+        if group == NUM_GROUPS:
+            nothing = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), result.dtype.element_ty)
+            tl.store(target, nothing, mask=is_row[:, None] & is_output[None, :])
+            return
+    HALF: tl.constexpr = BLOCK_INPUTS // 2
+    PACKED: tl.constexpr = HALF if IS_NIBBLES else BLOCK_INPUTS
+    STEP: tl.constexpr = 2 if IS_NIBBLES else 1
+    packed = tl.arange(0, PACKED)
+    # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
+    place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
+    numbers = values + place[None, :] * (num_inputs // STEP) + packed[:, None]
+    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :] * STEP
+    scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
+    for first in range(0, num_inputs, BLOCK_INPUTS):
+        is_input = first // STEP + packed < num_inputs // STEP
+        if IS_EVEN:
+            a = tl.load(inputs)
+            b = tl.load(numbers)
+        else:
+            a = tl.load(inputs, mask=is_input[None, :], other=0.0)
+            b = tl.load(numbers, mask=is_input[:, None], other=0.0)
+        column = first // COLUMN_BLOCK if COLUMN_BLOCK > 0 else 0
+        if HAS_ZERO:
+            offset = tl.load(zero + place * num_columns + column).to(tl.int16)[None, :]
+        else:
+            offset = 8 if IS_NIBBLES else 0
+        if IS_NIBBLES:
+            if IS_EVEN:
+                odd = tl.load(inputs + 1)
+            else:
+                odd = tl.load(inputs + 1, mask=is_input[None, :], other=0.0)
+            low, high = ((b & 15).to(tl.int16) - offset).to(a.dtype), ((b >> 4).to(tl.int16) - offset).to(a.dtype)
+            product = tl.dot(a, low, input_precision="ieee")
+            product = tl.dot(odd, high, product, input_precision="ieee")
+        else:
+            if HAS_ZERO:
+                b = (b.to(tl.int16) - offset).to(a.dtype)
+            else:
+                b = b.to(a.dtype)
+        if IS_NIBBLES or COLUMN_BLOCK > 0:
+            if not IS_NIBBLES:
+                product = tl.dot(a, b, input_precision="ieee")
+            if COLUMN_BLOCK > 0:
+                product *= tl.load(scale + scale_place * num_columns + column)[None, :]
+            total += product
+        elif a.dtype.is_fp8():
+            # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
+            total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_INPUTS)
+        else:
+            total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
+        inputs += BLOCK_INPUTS
+        numbers += PACKED
+    product = total.to(tl.float32)
+    if HAS_ROW_SCALE:
+        product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
+    if HAS_SCALE and COLUMN_BLOCK == 0:
+        product *= tl.load(scale + scale_place)[None, :]
+    tl.store(target, product.to(result.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
