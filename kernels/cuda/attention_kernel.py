@@ -31,10 +31,10 @@ def span_of(
     start = 0
     if HAS_WINDOW:
         start = tl.maximum(length - window, 0) // BLOCK_KEYS * BLOCK_KEYS
-    wanted = tl.minimum((length - start + LEAST_SPAN - 1) // LEAST_SPAN, MOST_SPANS)
+    wanted = tl.minimum(tl.maximum((length - start + LEAST_SPAN - 1) // LEAST_SPAN, 1), MOST_SPANS)
     num_tiles = (length - start + BLOCK_KEYS - 1) // BLOCK_KEYS
     size = (num_tiles + wanted - 1) // wanted * BLOCK_KEYS
-    return start, size, (length - start + size - 1) // size
+    return start, size, (length - start + size - 1) // tl.maximum(size, 1)
 
 
 @triton.jit

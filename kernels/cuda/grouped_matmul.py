@@ -39,4 +39,6 @@ def grouped_matmul(
 
 
 def _require_sizes(sizes: Tensor, values: Tensor) -> None:
-    require(values.ndim == 3 and sizes.shape == values.shape[:1], "grouped_matmul takes a size [E] a matrix", sizes, values)
+    require(
+        values.ndim == 3 and sizes.shape == values.shape[:1], "grouped_matmul takes a size [E] a matrix", sizes, values
+    )

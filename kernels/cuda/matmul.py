@@ -78,11 +78,15 @@ def multiply(
     num_outputs, num_inputs = values.shape[-2], values.shape[-1] * (2 if is_nibbles else 1)
     is_fit = x.ndim == 2 and x.shape[1] == num_inputs and x.device == values.device and values.is_contiguous()
     is_fit = is_fit and values.ndim == (2 if group_sizes is None else 3)
-    require(is_fit, f"a product takes x [N, {num_inputs}] and a contiguous matrix [O, I], or groups' [E, O, I]", x, values)
+    require(
+        is_fit, f"a product takes x [N, {num_inputs}] and a contiguous matrix [O, I], or groups' [E, O, I]", x, values
+    )
     result = torch.empty(len(x), num_outputs, dtype=x.dtype, device=x.device)
     row_scale = None
     if not is_plain and weight.activations != "none":
         x, row_scale = quantize_rows(x, ACTIVATIONS[weight.activations], input_scale)
+    if is_nibbles:
+        x = x.unflatten(1, (-1, 2)).transpose(1, 2).reshape(len(x), -1)  # even inputs, then odd ones
     x = with_dense_columns(x)
     scale = None if is_plain else weight.scale.contiguous()
     zero = None if is_plain or weight.zero is None else weight.zero.contiguous()

@@ -2,9 +2,9 @@
 
     element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
 
-Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of inputs
-multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte are two
-products: of even inputs with low halves, of odd ones with high halves.
+Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
+inputs multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte
+are two products: of even inputs with low halves, of odd ones with high halves.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def group_of(
 
 @triton.jit
 def matmul_kernel(
-    x: tl.tensor,  # [N, I], rows `stride` apart; or int8, e4m3 where HAS_ROW_SCALE
+    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; even, then odd inputs for nibbles
     values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES
     scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
@@ -95,7 +95,7 @@ def matmul_kernel(
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
     numbers = values + place[None, :] * (num_inputs // STEP) + packed[:, None]
-    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :] * STEP
+    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
     for first in range(0, num_inputs, BLOCK_INPUTS):
@@ -113,9 +113,9 @@ def matmul_kernel(
             offset = 8 if IS_NIBBLES else 0
         if IS_NIBBLES:
             if IS_EVEN:
-                odd = tl.load(inputs + 1)
+                odd = tl.load(inputs + num_inputs // 2)
             else:
-                odd = tl.load(inputs + 1, mask=is_input[None, :], other=0.0)
+                odd = tl.load(inputs + num_inputs // 2, mask=is_input[None, :], other=0.0)
             low, high = ((b & 15).to(tl.int16) - offset).to(a.dtype), ((b >> 4).to(tl.int16) - offset).to(a.dtype)
             product = tl.dot(a, low, input_precision="ieee")
             product = tl.dot(odd, high, product, input_precision="ieee")
@@ -135,7 +135,7 @@ def matmul_kernel(
             total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_INPUTS)
         else:
             total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
-        inputs += BLOCK_INPUTS
+        inputs += PACKED
         numbers += PACKED
     product = total.to(tl.float32)
     if HAS_ROW_SCALE:

@@ -12,8 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
-from torchinfer.kernels.cuda.attention_kernel import LEAST_SPAN, LOG2_E, MOST_SPANS
-from torchinfer.kernels.cuda.attention_kernel import chunk_kernel, decode_kernel, merge_kernel
+from torchinfer.kernels.cuda.attention_kernel import (
+    LEAST_SPAN,
+    LOG2_E,
+    MOST_SPANS,
+    chunk_kernel,
+    decode_kernel,
+    merge_kernel,
+)
 from torchinfer.kernels.cuda.launch import DTYPES, TRITON_DTYPES, has_dtype, require, with_dense_columns
 from torchinfer.kernels.cuda.write_kv_pages import require_cache
 from torchinfer.kernels.reference.paged_attention import paged_attention as reference
@@ -130,9 +136,7 @@ def _decode(
     )
 
 
-def _attend_to_chunks(
-    query: Tensor, kv_cache: KVCache, batch: Batch, result: Tensor, numbers: dict[str, Any]
-) -> None:
+def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Tensor, numbers: dict[str, Any]) -> None:
     """Rows of several tokens, each in blocks of them."""
     num_tokens, num_heads, size = query.shape
     num_rows, num_kv_heads = len(batch.kv_length), kv_cache.data.shape[3]

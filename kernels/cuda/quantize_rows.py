@@ -87,9 +87,12 @@ def to_8_bits(
     if DTYPE == tl.int8:
         bounded = tl.minimum(tl.maximum(x, -128.0), 127.0)
         steps = 12582912.0  # 1.5 * 2^23, next to which float32 has whole numbers only
+        rounded = (bounded + steps) - steps
     else:
         bounded = tl.minimum(tl.maximum(x, -448.0), 448.0)
         power = (bounded.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         # 1.5 * 2^20 times the number's power of two leaves three bits behind the first; below 2^-6 steps are 2^-9.
         steps = tl.maximum(power, 0.015625) * 1572864.0
-    return ((bounded + steps) - steps).to(DTYPE)
+        bits = ((bounded + steps) - steps).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        rounded = (bits | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)  # zeros have signs
+    return rounded.to(DTYPE)

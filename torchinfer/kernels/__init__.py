@@ -31,9 +31,9 @@ PORTS: dict[str, tuple[str, ...]] = {
     "rotary_embedding": ("cpu", "cuda"),
     "gated_activation": ("cpu", "cuda"),
     "write_kv_pages": ("cpu", "tpu", "cuda"),
-    "paged_attention": ("cpu", "tpu"),
-    "grouped_matmul": ("cpu", "tpu"),
-    "quantized_matmul": (),
+    "paged_attention": ("cpu", "tpu", "cuda"),
+    "grouped_matmul": ("cpu", "tpu", "cuda"),
+    "quantized_matmul": ("cuda",),
     "dequantize": (),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
