@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchinfer.kernels.cuda.launch import DTYPES, require
-from torchinfer.kernels.cuda.matmul import is_supported, multiply
+from torchinfer.kernels.cuda.launch import DTYPES, with_dense_columns
+from torchinfer.kernels.cuda.matmul import Matrix, as_matrix, is_supported, multiply
 from torchinfer.kernels.reference.grouped_matmul import grouped_matmul as reference
 
 if TYPE_CHECKING:
@@ -25,20 +25,12 @@ def grouped_matmul(
     if isinstance(weight, Tensor):
         if x.dtype not in DTYPES or weight.dtype != x.dtype or not x.numel():
             return reference(x, weight, group_sizes)
-        _require_sizes(sizes, weight)
-        return multiply(x, weight, sizes)
+        return multiply(with_dense_columns(x), Matrix(weight.contiguous()), sizes)
     if not is_supported(x, weight) or (weight.input_scale is not None and weight.input_scale.shape[-1] > 1):
         return reference(x, weight, group_sizes)
-    _require_sizes(sizes, weight.values)
     input_scale = None
     if weight.input_scale is not None:
         row = torch.arange(len(x), device=x.device)
         group = torch.searchsorted(sizes.cumsum(0), row, right=True).clamp(max=len(sizes) - 1)
         input_scale = weight.input_scale[group, 0]
-    return multiply(x, weight, sizes, input_scale)
-
-
-def _require_sizes(sizes: Tensor, values: Tensor) -> None:
-    require(
-        values.ndim == 3 and sizes.shape == values.shape[:1], "grouped_matmul takes a size [E] a matrix", sizes, values
-    )
+    return multiply(with_dense_columns(x), as_matrix(weight), sizes, input_scale)

@@ -8,14 +8,14 @@ take square ones. What no tile fits (groups of inputs that are no power of two) 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require, with_dense_columns
+from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 
@@ -36,6 +36,35 @@ class Tiles:
     inputs: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What the kernel reads of a matrix [O, I] or [E, O, I], quantized or not."""
+
+    values: Tensor  # uint8: two numbers of 4 bits
+    scale: Tensor | None = None  # float32 [.., S, G]
+    zero: Tensor | None = None  # [.., O, G]
+    row_block: int = 1  # outputs that share a scale
+    group: int = 0  # inputs that share a scale; 0: all
+    activations: str = "none"
+
+    @property
+    def is_nibbles(self) -> bool:
+        """Whether a byte holds two numbers."""
+        return self.values.dtype == torch.uint8
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self.values.shape[-1] * (2 if self.is_nibbles else 1)
+
+
+def as_matrix(weight: QuantizedWeight) -> Matrix:
+    """A quantized matrix for `multiply`."""
+    group = 0 if weight.scale.shape[-1] == 1 else weight.column_block
+    zero = None if weight.zero is None else weight.zero.contiguous()
+    return Matrix(weight.values, weight.scale.contiguous(), zero, weight.row_block, group, weight.activations)
 
 
 def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
@@ -63,7 +92,7 @@ def choose_tiles(num_rows: int, num_outputs: int, num_groups: int, element_bytes
 
 def multiply(
     x: Tensor,  # [N, I]
-    weight: Tensor | QuantizedWeight,  # [O, I] or [E, O, I]
+    matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
     group_sizes: Tensor | None,  # int32 [E]
     input_scale: Tensor | None = None,  # float32, [1] or [N]: given beforehand, where inputs are rounded
 ) -> Tensor:
@@ -72,58 +101,66 @@ def multiply(
     Raises:
         ValueError: tensors do not fit together.
     """
-    is_plain = isinstance(weight, Tensor)
-    values = weight if is_plain else weight.values
-    is_nibbles = values.dtype == torch.uint8
-    num_outputs, num_inputs = values.shape[-2], values.shape[-1] * (2 if is_nibbles else 1)
-    is_fit = x.ndim == 2 and x.shape[1] == num_inputs and x.device == values.device and values.is_contiguous()
-    is_fit = is_fit and values.ndim == (2 if group_sizes is None else 3)
-    require(
-        is_fit, f"a product takes x [N, {num_inputs}] and a contiguous matrix [O, I], or groups' [E, O, I]", x, values
-    )
-    result = torch.empty(len(x), num_outputs, dtype=x.dtype, device=x.device)
+    _require_fit(x, matrix, group_sizes)
+    num_rows, num_outputs = len(x), matrix.values.shape[-2]
+    result = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     row_scale = None
-    if not is_plain and weight.activations != "none":
-        x, row_scale = quantize_rows(x, ACTIVATIONS[weight.activations], input_scale)
-    if is_nibbles:
-        x = x.unflatten(1, (-1, 2)).transpose(1, 2).reshape(len(x), -1)  # even inputs, then odd ones
-    x = with_dense_columns(x)
-    scale = None if is_plain else weight.scale.contiguous()
-    zero = None if is_plain or weight.zero is None else weight.zero.contiguous()
-    num_columns = 1 if scale is None else scale.shape[-1]
-    group = 0 if is_plain or num_columns == 1 else weight.column_block
+    if matrix.activations != "none":
+        x, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    if matrix.is_nibbles:
+        x = x.view(num_rows, -1, 2).transpose(1, 2).reshape(num_rows, -1)  # even inputs, then odd ones
     num_groups = 0 if group_sizes is None else len(group_sizes)
-    tiles = choose_tiles(triton.cdiv(len(x), num_groups or 1), num_outputs, num_groups or 1, x.element_size(), group)
-    num_row_blocks = len(x) // tiles.rows + min(num_groups + 1, len(x))
+    rows_of_group = triton.cdiv(num_rows, num_groups or 1)
+    tiles = choose_tiles(rows_of_group, num_outputs, num_groups or 1, x.element_size(), matrix.group)
+    num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
     matmul_kernel[(num_row_blocks * triton.cdiv(num_outputs, tiles.outputs),)](
-        x,
-        values,
-        scale,
-        zero,
-        row_scale,
-        group_sizes,
-        result,
-        len(x),
-        num_outputs,
-        num_inputs,
-        1 if scale is None else scale.shape[-2],
-        num_columns,
-        num_row_blocks,
-        x.stride(0),
-        ROW_BLOCK=1 if is_plain else weight.row_block,
-        COLUMN_BLOCK=group,
+        x=x,
+        row_scale=row_scale,
+        group_sizes=group_sizes,
+        result=result,
+        num_rows=num_rows,
+        num_row_blocks=num_row_blocks,
+        stride=x.stride(0),
         NUM_GROUPS=num_groups,
         BLOCK_GROUPS=triton.next_power_of_2(num_groups + 1),
-        BLOCK_ROWS=tiles.rows,
-        BLOCK_OUTPUTS=tiles.outputs,
-        BLOCK_INPUTS=tiles.inputs,
-        HAS_SCALE=scale is not None,
-        HAS_ZERO=zero is not None,
         HAS_ROW_SCALE=row_scale is not None,
-        IS_NIBBLES=is_nibbles,
-        IS_EVEN=num_inputs % tiles.inputs == 0,
         SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **_of_matrix(matrix, tiles),
     )
     return result
+
+
+def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
+    """Arguments of the launch that follow from the matrix and its tiles."""
+    num_inputs = matrix.num_inputs
+    return {
+        "values": matrix.values,
+        "scale": matrix.scale,
+        "zero": matrix.zero,
+        "num_outputs": matrix.values.shape[-2],
+        "num_inputs": num_inputs,
+        "num_scale_rows": 1 if matrix.scale is None else matrix.scale.shape[-2],
+        "num_columns": 1 if matrix.scale is None else matrix.scale.shape[-1],
+        "ROW_BLOCK": matrix.row_block,
+        "COLUMN_BLOCK": matrix.group,
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_OUTPUTS": tiles.outputs,
+        "BLOCK_INPUTS": tiles.inputs,
+        "HAS_SCALE": matrix.scale is not None,
+        "HAS_ZERO": matrix.zero is not None,
+        "IS_NIBBLES": matrix.is_nibbles,
+        "IS_EVEN": num_inputs % tiles.inputs == 0,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _require_fit(x: Tensor, matrix: Matrix, group_sizes: Tensor | None) -> None:
+    values = matrix.values
+    rule = f"a product takes x [N, {matrix.num_inputs}], dense rows, and a contiguous [O, I], or groups' [E, O, I]"
+    is_fit = x.ndim == 2 and x.shape[1] == matrix.num_inputs and x.stride(1) == 1 and x.device == values.device
+    is_fit = is_fit and values.is_contiguous() and values.ndim == (2 if group_sizes is None else 3)
+    require(is_fit, rule, x, values)
+    if group_sizes is not None:
+        is_fit = group_sizes.shape == values.shape[:1] and group_sizes.dtype == torch.int32
+        require(is_fit, "groups have a size [E] int32 each", group_sizes, values)

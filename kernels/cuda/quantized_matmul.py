@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from torchinfer.kernels.cuda.matmul import is_supported, multiply
+from torchinfer.kernels.cuda.launch import with_dense_columns
+from torchinfer.kernels.cuda.matmul import as_matrix, is_supported, multiply
 from torchinfer.kernels.reference.quantized_matmul import quantized_matmul as reference
 
 if TYPE_CHECKING:
@@ -23,4 +24,4 @@ def quantized_matmul(
         return reference(x, weight)
     if weight.input_scale is not None and len(weight.part_rows) > 1:
         return torch.cat([quantized_matmul(x, part) for part in weight.parts()], 1)
-    return multiply(x, weight, None, weight.input_scale)
+    return multiply(with_dense_columns(x), as_matrix(weight), None, weight.input_scale)
