@@ -1,7 +1,7 @@
 """What Triton's interpreter lacks: for tests of the kernels where there is no GPU, with TRITON_INTERPRET=1.
 
-In Triton 3.5 it cuts off where a card rounds to bfloat16, multiplies the bits of bfloat16 instead of its numbers, and
-makes loops' bounds of arrays, which numpy does not take from 2.4 on.
+In Triton 3.5 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 instead of its numbers,
+and makes loops' bounds of arrays, which numpy does not take from 2.4 on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def repair() -> None:
     interpreter.InterpreterBuilder.cast_impl = _cast
     interpreter.InterpreterBuilder.create_fp_to_fp = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
+    interpreter.InterpreterBuilder.binary_op = _binary
     interpreter._patch_lang_tensor = _patch_tensor
 
 
@@ -37,6 +38,14 @@ def _cast(self: Any, source: Any, dtype: Any, rounding: Any = None) -> Any:
 def _dot(self: Any, a: Any, b: Any, sum: Any, precision: Any, most_imprecise: Any) -> Any:
     product = numpy.matmul(_numbers(a), _numbers(b), dtype=sum.data.dtype)
     return interpreter.TensorHandle(product + sum.data, sum.dtype.scalar)
+
+
+def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
+    kind = left.dtype.scalar
+    if kind not in TORCH_DTYPES:
+        return interpreter.TensorHandle(operation(left.data, right.data), kind)
+    result = operation(_numbers(left), _numbers(right))
+    return _cast(self, interpreter.TensorHandle(result, tl.float32), kind)
 
 
 def _numbers(handle: Any) -> numpy.ndarray[Any, Any]:

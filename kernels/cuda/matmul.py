@@ -55,6 +55,13 @@ class Matrix:
         return self.values.dtype == torch.uint8
 
     @property
+    def parts(self) -> int:
+        """How many numbers the kernel reads as one: those of 4 bits four at a time, unless a group is too small."""
+        if not self.is_nibbles:
+            return 1
+        return 4 if self.values.shape[-1] % 2 == 0 and (not self.group or self.group >= 64) else 2
+
+    @property
     def num_inputs(self) -> int:
         """I."""
         return self.values.shape[-1] * (2 if self.is_nibbles else 1)
@@ -87,7 +94,7 @@ def choose_tiles(num_rows: int, num_outputs: int, num_groups: int, element_bytes
         inputs = min(128 // element_bytes, group or 128)
         return Tiles(128, 128, inputs, 8, 3)
     outputs = 64 if triton.cdiv(num_outputs, 64) * num_groups >= 2 * NUM_PROCESSORS else 32
-    return Tiles(rows, outputs, min(128, group or 128), 4, 4)
+    return Tiles(rows, outputs, min(128, group or 128), 4, 3 if rows == 64 else 4)
 
 
 def multiply(
@@ -108,7 +115,7 @@ def multiply(
     if matrix.activations != "none":
         x, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
     if matrix.is_nibbles:
-        x = x.view(num_rows, -1, 2).transpose(1, 2).reshape(num_rows, -1)  # even inputs, then odd ones
+        x = x.view(num_rows, -1, matrix.parts).transpose(1, 2).reshape(num_rows, -1)  # all that lie first, then second
     num_groups = 0 if group_sizes is None else len(group_sizes)
     rows_of_group = triton.cdiv(num_rows, num_groups or 1)
     tiles = choose_tiles(rows_of_group, num_outputs, num_groups or 1, x.element_size(), matrix.group)
@@ -134,7 +141,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
     """Arguments of the launch that follow from the matrix and its tiles."""
     num_inputs = matrix.num_inputs
     return {
-        "values": matrix.values,
+        "values": matrix.values.view(torch.int16) if matrix.parts == 4 else matrix.values,
         "scale": matrix.scale,
         "zero": matrix.zero,
         "num_outputs": matrix.values.shape[-2],
@@ -148,7 +155,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "BLOCK_INPUTS": tiles.inputs,
         "HAS_SCALE": matrix.scale is not None,
         "HAS_ZERO": matrix.zero is not None,
-        "IS_NIBBLES": matrix.is_nibbles,
+        "PARTS": matrix.parts,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

@@ -40,6 +40,33 @@ def group_of(
 
 
 @triton.jit
+def nibble(packed: tl.tensor, part: tl.constexpr, zero: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """The numbers [K, O] at place `part` of int16 [K, O], less their zeros [1, O] int16.
+
+    Behind the bits of 128 in bfloat16, or of 1024 in float16, four bits are whole numbers: no conversion is needed.
+    """
+    bits = (packed >> (4 * part)) & 15
+    if DTYPE == tl.bfloat16:
+        numbers = (bits | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)
+    elif DTYPE == tl.float16:
+        numbers = (bits | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
+    else:
+        numbers = (bits - zero).to(DTYPE)
+    return numbers
+
+
+@triton.jit
+def multiply_add(a: tl.tensor, b: tl.tensor, total: tl.tensor, SUM: tl.constexpr) -> tl.tensor:
+    """total + a b."""
+    if a.dtype.is_fp8():
+        # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
+        total = tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
+    return total
+
+
+@triton.jit
 def matmul_kernel(
     x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; even, then odd inputs for nibbles
     values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES
@@ -65,7 +92,7 @@ def matmul_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
-    IS_NIBBLES: tl.constexpr,
+    PARTS: tl.constexpr,  # numbers of 4 bits in one of `values`, else 1
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
     SUM: tl.constexpr,  # dtype of the sums
 ) -> None:
@@ -88,53 +115,50 @@ def matmul_kernel(
             nothing = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), result.dtype.element_ty)
             tl.store(target, nothing, mask=is_row[:, None] & is_output[None, :])
             return
-    HALF: tl.constexpr = BLOCK_INPUTS // 2
-    PACKED: tl.constexpr = HALF if IS_NIBBLES else BLOCK_INPUTS
-    STEP: tl.constexpr = 2 if IS_NIBBLES else 1
+    PACKED: tl.constexpr = BLOCK_INPUTS // PARTS
     packed = tl.arange(0, PACKED)
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
-    numbers = values + place[None, :] * (num_inputs // STEP) + packed[:, None]
+    numbers = values + place[None, :] * (num_inputs // PARTS) + packed[:, None]
     inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
     for first in range(0, num_inputs, BLOCK_INPUTS):
-        is_input = first // STEP + packed < num_inputs // STEP
+        is_input = first // PARTS + packed < num_inputs // PARTS
         if IS_EVEN:
-            a = tl.load(inputs)
             b = tl.load(numbers)
         else:
-            a = tl.load(inputs, mask=is_input[None, :], other=0.0)
             b = tl.load(numbers, mask=is_input[:, None], other=0.0)
         column = first // COLUMN_BLOCK if COLUMN_BLOCK > 0 else 0
         if HAS_ZERO:
             offset = tl.load(zero + place * num_columns + column).to(tl.int16)[None, :]
         else:
-            offset = 8 if IS_NIBBLES else 0
-        if IS_NIBBLES:
-            if IS_EVEN:
-                odd = tl.load(inputs + num_inputs // 2)
-            else:
-                odd = tl.load(inputs + num_inputs // 2, mask=is_input[None, :], other=0.0)
-            low, high = ((b & 15).to(tl.int16) - offset).to(a.dtype), ((b >> 4).to(tl.int16) - offset).to(a.dtype)
-            product = tl.dot(a, low, input_precision="ieee")
-            product = tl.dot(odd, high, product, input_precision="ieee")
-        else:
-            if HAS_ZERO:
-                b = (b.to(tl.int16) - offset).to(a.dtype)
-            else:
-                b = b.to(a.dtype)
-        if IS_NIBBLES or COLUMN_BLOCK > 0:
-            if not IS_NIBBLES:
-                product = tl.dot(a, b, input_precision="ieee")
+            offset = tl.full((1, 1), 8 if PARTS > 1 else 0, tl.int16)
+        if PARTS > 1 or COLUMN_BLOCK > 0:
+            product = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+            for part in tl.static_range(PARTS):
+                if IS_EVEN:
+                    a = tl.load(inputs + part * (num_inputs // PARTS))
+                else:
+                    a = tl.load(inputs + part * (num_inputs // PARTS), mask=is_input[None, :], other=0.0)
+                if PARTS > 1:
+                    c = nibble(b.to(tl.int16), part, offset, a.dtype)
+                elif HAS_ZERO:
+                    c = (b.to(tl.int16) - offset).to(a.dtype)
+                else:
+                    c = b.to(a.dtype)
+                product = tl.dot(a, c, product, input_precision="ieee")
             if COLUMN_BLOCK > 0:
                 product *= tl.load(scale + scale_place * num_columns + column)[None, :]
             total += product
-        elif a.dtype.is_fp8():
-            # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
-            total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_INPUTS)
         else:
-            total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
+            if IS_EVEN:
+                a = tl.load(inputs)
+            else:
+                a = tl.load(inputs, mask=is_input[None, :], other=0.0)
+            if HAS_ZERO:
+                b = (b.to(tl.int16) - offset).to(a.dtype)
+            total = multiply_add(a, b.to(a.dtype), total, SUM)
         inputs += PACKED
         numbers += PACKED
     product = total.to(tl.float32)

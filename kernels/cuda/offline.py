@@ -23,6 +23,8 @@ from triton.backends.driver import DriverBase
 
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}  # that a block may have, by capability
 MOST_THREADS = 1024
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)", re.MULTILINE)
+PRODUCT = re.compile("[HIQ]G?MMA")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
 
@@ -34,7 +36,7 @@ class Compiled:
     registers: int  # of a thread
     stack_bytes: int  # of a thread: what did not fit into registers
     shared_bytes: int  # of a block
-    instructions: int  # in the code, loops counted once
+    loop_instructions: int  # of a warp, in one round of the longest loop that has no loop in it
     tensor_instructions: int  # of these, products of tiles
 
 
@@ -93,9 +95,9 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         found = USAGE.search(usage)
         assert found is not None, usage
         registers, stack, local = map(int, found.groups())
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
-        num_tensor = sum(bool(re.match("[HIQ]G?MMA", opcode)) for opcode in opcodes)
-        self.compiled.append(Compiled(name, registers, stack + local, shared, len(opcodes), num_tensor))
+        loop = longest_loop(assembly)
+        num_tensor = sum(bool(PRODUCT.match(opcode)) for opcode in loop)
+        self.compiled.append(Compiled(name, registers, stack + local, shared, len(loop), num_tensor))
         return name, name, registers, stack, MOST_THREADS
 
 
@@ -111,6 +113,16 @@ def compiling(capability: tuple[int, int]) -> Iterator[list[Compiled]]:
         yield driver.compiled
     finally:
         triton.runtime.driver._active = None
+
+
+def longest_loop(assembly: str) -> list[str]:
+    """The opcodes of the longest innermost loop: between a jump back and where it goes to."""
+    found = [(int(place, 16), opcode, rest) for place, opcode, rest in INSTRUCTION.findall(assembly)]
+    jumps = [(place, re.search(r"0x([0-9a-f]+)", rest)) for place, opcode, rest in found if opcode.startswith("BRA")]
+    loops = [(int(target[1], 16), place) for place, target in jumps if target and int(target[1], 16) < place]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    bodies = [[opcode for place, opcode, _ in found if a <= place <= b] for a, b in innermost]
+    return max(bodies, key=len, default=[])
 
 
 def _dump(option: str, path: str) -> str:

@@ -9,7 +9,7 @@ Letters: T tokens, R request rows, H query heads, K key-value heads, D head size
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -60,10 +60,8 @@ def _find_folder(device_type: str) -> str:
     if device_type not in _folders:
         folder = BACKENDS.get(device_type, "reference")
         is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
-        if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
-            folder = "reference"
-        if folder == "cuda" and importlib.util.find_spec("triton") is None:
-            logger.warning("triton is not installed: PyTorch computes what its kernels would; install torchinfer[cuda]")
+        is_missing = (folder == "cpu" and not _has_cpu_library()) or (folder == "cuda" and not _has_triton())
+        if is_unwanted or is_missing:
             folder = "reference"
         _folders[device_type] = folder
     return _folders[device_type]
@@ -75,6 +73,17 @@ def _has_cpu_library() -> bool:
         return library.open_library() is not None
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _has_triton() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
+        return False
+    return True
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
