@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
     "linear": ("cpu", "tpu"),
-    "rms_norm": ("cpu",),
-    "rotary_embedding": ("cpu",),
-    "gated_activation": ("cpu",),
-    "write_kv_pages": ("cpu", "tpu"),
-    "paged_attention": ("cpu", "tpu"),
-    "grouped_matmul": ("cpu", "tpu"),
+    "rms_norm": ("cpu", "cuda"),
+    "rotary_embedding": ("cpu", "cuda"),
+    "gated_activation": ("cpu", "cuda"),
+    "write_kv_pages": ("cpu", "tpu", "cuda"),
+    "paged_attention": ("cpu", "tpu", "cuda"),
+    "grouped_matmul": ("cpu", "tpu", "cuda"),
     "grouped_gated_matmul": ("cpu", "tpu"),
-    "quantized_matmul": (),
+    "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu",),
@@ -65,7 +65,8 @@ def _find_folder(device_type: str) -> str:
     if device_type not in _folders:
         folder = BACKENDS.get(device_type, "reference")
         is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
-        if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
+        is_missing = (folder == "cpu" and not _has_cpu_library()) or (folder == "cuda" and not _has_triton())
+        if is_unwanted or is_missing:
             folder = "reference"
         _folders[device_type] = folder
     return _folders[device_type]
@@ -77,6 +78,17 @@ def _has_cpu_library() -> bool:
         return library.open_library() is not None
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _has_triton() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
+        return False
+    return True
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
