@@ -28,17 +28,18 @@ logger = logging.getLogger(__name__)
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
     "linear": ("cpu", "tpu"),
-    "rms_norm": ("cpu",),
-    "rotary_embedding": ("cpu",),
-    "gated_activation": ("cpu",),
-    "write_kv_pages": ("cpu", "tpu"),
-    "paged_attention": ("cpu", "tpu"),
-    "grouped_matmul": ("cpu", "tpu"),
-    "grouped_gated_matmul": ("cpu", "tpu"),
-    "quantized_matmul": (),
+    "rms_norm": ("cpu", "cuda"),
+    "rotary_embedding": ("cpu", "cuda"),
+    "gated_activation": ("cpu", "cuda"),
+    "write_kv_pages": ("cpu", "tpu", "cuda"),
+    "paged_attention": ("cpu", "tpu", "cuda"),
+    "grouped_matmul": ("cpu", "tpu", "cuda"),
+    "grouped_gated_matmul": ("cpu", "tpu", "cuda"),
+    "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu", "tpu"),
+    "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -64,7 +65,8 @@ def _find_folder(device_type: str) -> str:
     if device_type not in _folders:
         folder = BACKENDS.get(device_type, "reference")
         is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
-        if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
+        is_missing = (folder == "cpu" and not _has_cpu_library()) or (folder == "cuda" and not _has_triton())
+        if is_unwanted or is_missing:
             folder = "reference"
         _folders[device_type] = folder
     return _folders[device_type]
@@ -76,6 +78,17 @@ def _has_cpu_library() -> bool:
         return library.open_library() is not None
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _has_triton() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
+        return False
+    return True
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
@@ -281,3 +294,15 @@ def sample(logits: Tensor, params: SamplingTensors, *, any_filter: bool) -> Tens
     greedy. `any_filter`: some row has top_k, top_p or min_p. Source: arXiv 1904.09751 (top-p), 2407.01082 (min-p).
     """
     return _port("sample", logits)(logits, params, any_filter)
+
+
+def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: int, column_block: int) -> None:
+    """Quantize rows of a matrix by `row_block` outputs and `column_block` inputs that share a scale, in place.
+
+    weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
+    [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
+    block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
+    that gives the least squared error. Blocks of zeros get scale 1. What is not finite makes its scale so, too.
+    Source: kernels/reference/quantize_matrix.py.
+    """
+    _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)
