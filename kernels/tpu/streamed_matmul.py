@@ -104,7 +104,7 @@ def split_rows(x: Array, config: MatmulConfig, has_kernel: bool, interpret: Any 
         return planes.astype(jnp.int8), jnp.broadcast_to(unit.reshape(-1, 1), (tiles * size, LANES))
     # Parts of a tile, so that intermediate values fit the chip; 32 rows of int8 are a tile of the registers.
     rows = min(size, 32)
-    parts = size // rows
+    parts, last = size // rows, -(-config.num_rows // rows) - 1  # the last part that has rows
 
     def kernel(x: Ref, planes: Ref, unit: Ref) -> None:
         whole, of_row = _planes(x[...])
@@ -115,7 +115,7 @@ def split_rows(x: Array, config: MatmulConfig, has_kernel: bool, interpret: Any 
     planes, unit = pl.pallas_call(
         kernel,
         grid=(tiles, parts),
-        in_specs=[pl.BlockSpec((rows, width), lambda tile, part: (tile * parts + part, 0))],
+        in_specs=[pl.BlockSpec((rows, width), lambda tile, part: (jnp.minimum(tile * parts + part, last), 0))],
         out_specs=[
             pl.BlockSpec((*block, width), lambda tile, part: (tile, *(0,) * (len(block) - 2), part, 0)),
             pl.BlockSpec((rows, LANES), lambda tile, part: (tile * parts + part, 0)),
