@@ -70,6 +70,22 @@ def test_quantized_weights_give_the_ids_of_the_cpu_and_compile_nothing_later(sch
         assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, greedy())]
 
 
+def test_matrices_packed_for_the_tpus_kernel_give_the_cpus_ids_and_compile_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "tensor_cores", lambda device: 0 if device.type == "xla" else None)
+    save_random_checkpoint(tiny_config("mixtral"), tmp_path)
+    rng = random.Random(4)
+    prompts = [random_prompt(rng, 40) for _ in range(5)]
+    options = OPTIONS | {"max_num_batched_tokens": 16, "max_model_len": 64, "quantization": "int8"}
+    with LLM(tmp_path, **options) as llm:
+        before = llm.stats().num_compilations
+        outputs = llm.generate(prompts, greedy())
+        assert llm.stats().num_compilations == before > 0
+    with LLM(tmp_path, **(options | {"device": "cpu"})) as llm:
+        assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, greedy())]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")

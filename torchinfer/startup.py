@@ -16,6 +16,7 @@ from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
     bound_cpu_caches,
+    flush,
     free_memory_bytes,
     keep_compiled_programs,
     resolve_device,
@@ -82,7 +83,9 @@ def start_engine(config: EngineConfig) -> Engine:
         moe_capacity_factor=config.moe_capacity_factor,
         progress=config.progress,
     )
-    model.prepare()
+    num_cores = tensor_cores(device)
+    # A layer at a time: only one is there twice.
+    model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
     bytes_per_page = page_bytes(model_config, page_size, kv_cache_dtype, pages)
     num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, max_model_len)
     logger.info(

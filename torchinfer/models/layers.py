@@ -60,8 +60,11 @@ class Linear(Layer):
         return kernels.linear(x, weight, self.bias)
 
 
-def prepare_matrices(layer: nn.Module) -> None:
-    """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there."""
+def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
+    """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there.
+
+    num_cores: of a TPU, see `kernels.prepare`.
+    """
     for name in getattr(layer, "MATRICES", ()):
         matrix = getattr(layer, name)
         is_quantized = isinstance(matrix, QuantizedMatrix)
@@ -69,7 +72,7 @@ def prepare_matrices(layer: nn.Module) -> None:
             continue  # prepared before
         if is_quantized and matrix.scheme.input_bound is not None:
             continue  # its inputs are bounded by the layer, which must know the scheme
-        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True)
+        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True, num_cores=num_cores)
         if prepared is not None:
             delattr(layer, name)  # nn.Module does not let a parameter become anything else
             setattr(layer, name, prepared)

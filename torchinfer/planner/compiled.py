@@ -22,7 +22,7 @@ from torchinfer.device import free_memory_bytes
 from torchinfer.errors import ConfigError, DeviceError, TorchinferError
 from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
 from torchinfer.planner.options import PlanOptions
-from torchinfer.planner.planner import Placement, Plan
+from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
 from torchinfer.step_input import StepShape
 from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS, buckets
@@ -174,7 +174,7 @@ def _compile_step(
         "cache_dtype": str(plan.cache_dtype).removeprefix("torch."),
         "num_pages": num_pages,
         "page_size": part.page_size,
-        "num_cores": None if part.pages is None else part.pages.num_cores,
+        "num_cores": num_cores(place.accelerator),
     }
     logger.info("compiling %s, %d tokens, %d requests, for %s", kind, shape.num_tokens, shape.num_requests, place.name)
     started = time.monotonic()

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,7 +75,7 @@ def trace_step(
     cache_dtype: torch.dtype,
     num_pages: int,
     page_size: int,
-    num_cores: int | None,  # that the attention kernel runs on; None: attention without it
+    num_cores: int | None,  # that kernels run on; None: without them
 ) -> TracedStep:
     """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
 
@@ -84,7 +84,9 @@ def trace_step(
     config = local_config(source.config, num_chips)
     model = source.build(config).eval()
     kernels.load_ports("xla")
-    _fill(model, source.dtype)
+    _give_dtype(model, source.dtype)
+    model.prepare(num_cores)
+    _fill(model)
     gather = _connect(model, num_chips)
     pages = kernel_pages(config, cache_dtype, num_cores)
     caches = [
@@ -117,16 +119,28 @@ def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _fill(model: Decoder, dtype: torch.dtype) -> None:
+def _give_dtype(model: Decoder, dtype: torch.dtype) -> None:
+    """To all parameters, which have no memory."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+
+
+def _fill(model: Decoder) -> None:
     """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _placeholder(tuple(parameter.shape), dtype)
+            value = _placeholder(tuple(parameter.shape), parameter.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             is_constant = not buffer.is_meta
             value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
             setattr(module, name, value)
+        for name in getattr(module, "MATRICES", ()):
+            matrix = getattr(module, name)
+            if not isinstance(matrix, nn.Module | nn.Parameter):  # packed for the TPU's kernel
+                fields = {field: _placeholder(tuple(each.shape), each.dtype) for field, each in matrix.tensors.items()}
+                setattr(module, name, replace(matrix, **fields))
 
 
 def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
