@@ -237,8 +237,8 @@ def compile_cases(cases: list[Case], capability: str) -> list[dict[str, Any]]:
             for kernel in compiled[known:]:
                 results.append({"case": case.name, **asdict(kernel)})
                 print(
-                    f"{case.name:52s} {kernel.name:23s} {kernel.registers:4d} registers, {kernel.stack_bytes:3d} B stack, "
-                    f"{kernel.shared_bytes:6d} B shared, {kernel.loop_instructions:4d} instructions in the longest loop"
+                    f"{case.name:48s} {kernel.name:23s} {kernel.registers:4d} registers, "
+                    f"{kernel.stack_bytes:3d} B stack, {kernel.shared_bytes:6d} B shared, {kernel.loop_instructions:4d} instructions in the longest loop"
                 )
     return results
 
