@@ -3,14 +3,17 @@ besides kernels/tpu."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from torchinfer.errors import DeviceError
 
+TENSOR_CORES = {"TPU v5 lite": 1, "TPU v5e": 1, "TPU v5": 2, "TPU v5p": 2}  # of a chip that is one device
 DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
 
 
@@ -47,6 +50,15 @@ def _xla_device() -> torch.device:
         raise DeviceError(f"XLA device {os.environ['PJRT_DEVICE']} cannot be started: {error}") from error
 
 
+def tensor_cores(device: torch.device) -> int | None:
+    """Cores of a TPU that kernels/tpu has kernels for, v5e and v5p; None elsewhere."""
+    if device.type != "xla" or os.environ.get("PJRT_DEVICE") != "TPU":
+        return None
+    import torch_xla.core.xla_model as xla_model
+
+    return TENSOR_CORES.get(xla_model.xla_device_kind(device))
+
+
 def bound_cpu_caches() -> None:
     """Keep oneDNN, which torch calls on the CPU, from remembering a program and memory for every batch size it met.
 
@@ -63,6 +75,17 @@ def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
         return torch.ones(1, device=device).to(dtype).float().item() == 1
     except (RuntimeError, TypeError):  # what torch and its backends raise for a dtype that they lack
         return False
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads stay asleep: they would spin on the cores that the CPU library computes on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def free_memory_bytes(device: torch.device) -> int:

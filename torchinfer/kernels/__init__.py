@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchinfer.batch import Batch, KVCache
+from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -26,15 +27,19 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpu",),
+    "linear": ("cpu", "tpu"),
     "rms_norm": ("cpu", "cuda"),
     "rotary_embedding": ("cpu", "cuda"),
     "gated_activation": ("cpu", "cuda"),
     "write_kv_pages": ("cpu", "tpu", "cuda"),
     "paged_attention": ("cpu", "tpu", "cuda"),
     "grouped_matmul": ("cpu", "tpu", "cuda"),
+    "grouped_gated_matmul": ("cpu", "tpu"),
     "quantized_matmul": ("cuda",),
     "dequantize": (),
+    "greedy": ("cpu",),
+    "sample": ("cpu",),
+    "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -93,39 +98,63 @@ def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     return _loaded[device_type][op]
 
 
-def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PreparedWeight | None:
+def prepare(
+    weight: Tensor | QuantizedWeight, may_overwrite: bool = False, num_cores: int | None = None
+) -> PreparedWeight | None:
     """Bring a matrix [O, I], or experts' [E, O, I], into the layout that the device's kernels stream, once.
 
     None where the device has no such layout or no kernel for the matrix, which then stays as it is. With
-    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
+    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more. `num_cores` are
+    those of a TPU, for which matrices without memory can be prepared, too; with 0 XLA computes the same without
+    kernels.
     """
+    if num_cores is not None:
+        module = importlib.import_module("torchinfer.kernels.tpu.packed_weight")
+        packed: PreparedWeight | None = module.prepare(weight, num_cores)
+        return packed
     values = weight if isinstance(weight, Tensor) else weight.values
-    device_type = values.device.type
-    folder = _find_folder(device_type)
-    if folder not in PREPARING:
-        return None
-    prepared: PreparedWeight | None
-    prepared = importlib.import_module(f"torchinfer.kernels.{folder}.packed_weight").prepare(weight, may_overwrite)
+    module = _preparing_module(values, "packed_weight")
+    prepared: PreparedWeight | None = None if module is None else module.prepare(weight, may_overwrite)
     return prepared
 
 
 def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
     """One call for half a layer, if the device has it: the same bits as its ops one by one."""
-    fused: FusedAttention | None = _fused("fuse_attention", parts)
+    module = _preparing_module(parts.norm, "fused_layer")
+    fused: FusedAttention | None = None if module is None else module.fuse_attention(parts)
     return fused
 
 
 def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
     """As `fuse_attention`, for the other half."""
-    fused: FusedMLP | None = _fused("fuse_mlp", parts)
+    module = _preparing_module(parts.norm, "fused_layer")
+    fused: FusedMLP | None = None if module is None else module.fuse_mlp(parts)
     return fused
 
 
-def _fused(name: str, parts: AttentionParts | MLPParts) -> Any:
-    folder = _find_folder(parts.norm.device.type)
-    if folder not in PREPARING:
-        return None
-    return getattr(importlib.import_module(f"torchinfer.kernels.{folder}.fused_layer"), name)(parts)
+def _preparing_module(where: Tensor, name: str) -> Any:
+    """That module of the folder for a tensor's device; None where the folder prepares nothing by itself."""
+    folder = _find_folder(where.device.type)
+    return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
+
+
+def kernel_pages(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_cores: int
+) -> KernelPages | str:
+    """The pages of the TPU's attention kernel for a layer's heads, or why it cannot take them. Needs no TPU."""
+    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout")
+    name = str(dtype).removeprefix("torch.")
+    problem: str | None = layout.head_problem(num_heads, num_kv_heads, name)
+    if problem is not None:
+        return problem
+    return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
+
+
+def load_page_attention() -> None:
+    """Import what computes over caches with `pages`: jax, and the kernel."""
+    load_ports("xla")["attend_and_write"] = importlib.import_module(
+        "torchinfer.kernels.tpu.attention_op"
+    ).attend_and_write
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -196,6 +225,27 @@ def paged_attention(
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
 
 
+def attend_and_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: KVCache,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """`write_kv_pages` of the step's keys and values, then `paged_attention`; one sweep over a cache with `pages`.
+
+    query: [T, H, D]; key, value: [T, K, D]. Returns [T, H, D].
+    """
+    if kv_cache.pages is not None:
+        return _port("attend_and_write", query)(query, key, value, kv_cache, batch, scale, window, soft_cap)
+    write_kv_pages(key, value, kv_cache, batch.slot)
+    return paged_attention(query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap)
+
+
 def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor) -> Tensor:
     """x's rows, sorted by group, each times the transposed weight of its group.
 
@@ -203,6 +253,16 @@ def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight,
     Returns [N, O]. Source: arXiv 2211.15841.
     """
     return _port("grouped_matmul", x)(x, weight, group_sizes)
+
+
+def grouped_gated_matmul(
+    x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor, activation: str
+) -> Tensor:
+    """`gated_activation` of `grouped_matmul`: the first half of experts, in one pass where the device has it.
+
+    x: [N, I]; weight: [E, 2 * F, I] holding gate in its first half. Returns [N, F].
+    """
+    return _port("grouped_gated_matmul", x)(x, weight, group_sizes, activation)
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -218,3 +278,31 @@ def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def dequantize(weight: QuantizedWeight) -> Tensor:
     """The numbers that a quantized matrix stands for: float32 [O, I]."""
     return _port("dequantize", weight.values)(weight)
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token ids [R] int32 from logits [R, V] float32; the smallest id of equal ones."""
+    return _port("greedy", logits)(logits)
+
+
+def sample(logits: Tensor, params: SamplingTensors, *, any_filter: bool) -> Tensor:
+    """Token ids [R] int32 from logits [R, V] float32, drawn with one number in [0, 1) for each row.
+
+    The logits over the temperature are kept that top_k, then top_p among those, then min_p leave, and those equal to
+    the last of them. The number picks the token by inversion of the cumulative distribution in vocabulary order, so an
+    id does not depend on the batch. Rows with temperature 0, and those without a distribution (NaN, infinity), are
+    greedy. `any_filter`: some row has top_k, top_p or min_p. Source: arXiv 1904.09751 (top-p), 2407.01082 (min-p).
+    """
+    return _port("sample", logits)(logits, params, any_filter)
+
+
+def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: int, column_block: int) -> None:
+    """Quantize rows of a matrix by `row_block` outputs and `column_block` inputs that share a scale, in place.
+
+    weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
+    [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
+    block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
+    that gives the least squared error. Blocks of zeros get scale 1. What is not finite makes its scale so, too.
+    Source: kernels/reference/quantize_matrix.py.
+    """
+    _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)

@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +22,7 @@ import torch_xla.core.xla_model as xla_model
 from torch import Tensor, nn
 
 from torchinfer import kernels
-from torchinfer.batch import KVCache
-from torchinfer.kv_cache.tensors import SCALED
-from torchinfer.models.config import ModelConfig
+from torchinfer.kv_cache.tensors import kernel_pages, make_layer
 from torchinfer.models.decoder import Decoder
 from torchinfer.planner.footprint import local_config
 from torchinfer.planner.source import ModelSource, read_source
@@ -39,12 +37,13 @@ MLIR_TYPES = {
     torch.float32: "f32",
     torch.float8_e4m3fn: "f8E4M3FN",
     torch.int8: "i8",
+    torch.int32: "i32",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """A program with the outputs logits [R, V], hidden [T, H], and each cache tensor, written in place."""
+    """A program with the outputs each cache tensor, written in place, hidden [T, H], and logits [R, V]."""
 
     text: str
     donated: tuple[int, ...]  # the arguments that are caches
@@ -62,6 +61,7 @@ def main() -> None:
         getattr(torch, request["cache_dtype"]),
         request["num_pages"],
         request["page_size"],
+        request["num_cores"],
     )
     (folder / "module.mlir").write_text(traced.text)
     (folder / "traced.json").write_text(json.dumps({"donated": traced.donated}))
@@ -75,6 +75,7 @@ def trace_step(
     cache_dtype: torch.dtype,
     num_pages: int,
     page_size: int,
+    num_cores: int | None,  # that kernels run on; None: without them
 ) -> TracedStep:
     """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
 
@@ -83,16 +84,23 @@ def trace_step(
     config = local_config(source.config, num_chips)
     model = source.build(config).eval()
     kernels.load_ports("xla")
-    _fill(model, source.dtype)
+    _give_dtype(model, source.dtype)
+    model.prepare(num_cores)
+    _fill(model)
     gather = _connect(model, num_chips)
-    caches = [_cache(config, num_pages, page_size, cache_dtype) for _ in range(config.num_layers)]
+    pages = kernel_pages(config, cache_dtype, num_cores)
+    caches = [
+        make_layer(config, num_pages, page_size, cache_dtype, pages, _placeholder) for _ in range(config.num_layers)
+    ]
     ints = _placeholder((shape.num_forward,), torch.int32)
     last_ids = _placeholder((shape.num_requests,), torch.int32)
     step = unpack(ints, shape, page_size, None).fed(last_ids)
     hidden = model(step.batch, caches)
     logits = gather(model.logits(hidden[step.sample_index]))
     tensors = [tensor for cache in caches for tensor in cache.tensors]
-    text: str = xla_model.get_stablehlo([logits, hidden, *tensors])
+    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # with results of the same type in their order, and copies a cache that is paired with another layer's.
+    text: str = xla_model.get_stablehlo([*tensors, hidden, logits])
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
     return TracedStep(text, cache_arguments(text, types))
 
@@ -111,16 +119,28 @@ def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def _fill(model: Decoder, dtype: torch.dtype) -> None:
+def _give_dtype(model: Decoder, dtype: torch.dtype) -> None:
+    """To all parameters, which have no memory."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+
+
+def _fill(model: Decoder) -> None:
     """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _placeholder(tuple(parameter.shape), dtype)
+            value = _placeholder(tuple(parameter.shape), parameter.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             is_constant = not buffer.is_meta
             value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
             setattr(module, name, value)
+        for name in getattr(module, "MATRICES", ()):
+            matrix = getattr(module, name)
+            if not isinstance(matrix, nn.Module | nn.Parameter):  # packed for the TPU's kernel
+                fields = {field: _placeholder(tuple(each.shape), each.dtype) for field, each in matrix.tensors.items()}
+                setattr(module, name, replace(matrix, **fields))
 
 
 def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
@@ -143,12 +163,6 @@ def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
             module.register_forward_hook(reduce)
     model.embedding.register_forward_hook(reduce)
     return gather
-
-
-def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
-    shape = (2, num_pages, page_size, config.num_kv_heads)
-    data = _placeholder((*shape, config.head_dim), dtype)
-    return KVCache(data, _placeholder(shape, torch.float32) if dtype in SCALED else None)
 
 
 if __name__ == "__main__":

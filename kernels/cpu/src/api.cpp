@@ -13,8 +13,6 @@ using namespace torchinfer;
 
 namespace {
 
-int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 bool is_aligned(const void* pointer, int64_t alignment) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(alignment) == 0;
 }
@@ -74,6 +72,16 @@ bool is_valid(const WriteKv& task) {
            are_slots(task.slot, task.tokens, task.slots);
 }
 
+bool is_valid(const Quantize& task) {
+    const bool has_sizes = task.rows >= 0 && task.columns > 0 && task.stride >= task.columns && task.row_block > 0 &&
+                           task.column_block > 0;
+    if (task.format == kFormatInt4) {
+        return has_sizes && is_dtype(task.dtype) && task.row_block == 1 && task.column_block % 2 == 0 &&
+               task.columns % task.column_block == 0;
+    }
+    return has_sizes && is_dtype(task.dtype) && (task.format == kFormatInt8 || task.format == kFormatFp8);
+}
+
 bool is_matrix(const PackedWeight* weight, int64_t outputs, int64_t inputs) {
     return is_valid(*weight) && weight->num_experts == 1 && weight->outputs == outputs && weight->inputs == inputs;
 }
@@ -128,12 +136,11 @@ API int64_t torchinfer_cpu_packed_bytes(const PackedWeight* weight) {
 }
 
 API int32_t torchinfer_cpu_pack(const PackedWeight* weight, const void* rows, void* values) {
-    if (!is_valid(*weight)) return kBadArgument;
+    if (!is_valid(*weight) || (rows == values && !can_pack_in_place(*weight))) return kBadArgument;
     if (!is_aligned(values, 64)) return kMisaligned;
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
-    pack_values(threads, *weight, static_cast<const uint8_t*>(rows), static_cast<uint8_t*>(values));
-    return kOk;
+    return pack_values(threads, *weight, static_cast<const uint8_t*>(rows), static_cast<uint8_t*>(values));
 }
 
 API int32_t torchinfer_cpu_linear(const PackedWeight* weight, const void* x, void* y, const void* bias,
@@ -200,6 +207,15 @@ API int32_t torchinfer_cpu_write_kv(const WriteKv* task) {
     return kOk;
 }
 
+API int32_t torchinfer_cpu_quantize(const Quantize* task) {
+    if (!is_valid(*task)) return kBadArgument;
+    if (!is_aligned(task->x, size_of(task->dtype)) || !is_aligned(task->scale, 4)) return kMisaligned;
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().quantize(threads, *task);
+    return kOk;
+}
+
 API int32_t torchinfer_cpu_rotary(const void* x, void* y, const float* cosine, const float* sine, int64_t tokens,
                                   int64_t heads, int64_t head_size, int64_t frequencies, int64_t stride,
                                   int32_t is_interleaved, int32_t dtype) {
@@ -254,4 +270,19 @@ API int32_t torchinfer_cpu_mlp_layer(const MlpLayer* task) {
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
     return kernels().mlp_layer(threads, *task);
+}
+
+API int32_t torchinfer_cpu_sample(const Sample* task) {
+    if (task->rows < 0 || task->columns < 1 || task->columns > INT32_MAX) return kBadArgument;
+    const bool is_greedy = task->temperature == nullptr;
+    for (const void* each : {static_cast<const void*>(task->top_p), static_cast<const void*>(task->min_p),
+                             static_cast<const void*>(task->uniform), static_cast<const void*>(task->top_k)}) {
+        if ((each == nullptr) != is_greedy) return kBadArgument;
+    }
+    if (!are_aligned({task->logits, task->ids, task->temperature, task->top_p, task->min_p, task->uniform, task->top_k}, 4)) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().sample(threads, *task);
 }

@@ -1,5 +1,6 @@
 // Calls the library from several threads, on every level and with several sizes of the pool, and compares each result
 // with plain loops. Run by scripts/sanitize under the sanitizers and, for NEON, under qemu.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +24,8 @@ int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const voi
                               int32_t);
 int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
+int32_t torchinfer_cpu_sample(const Sample*);
+int32_t torchinfer_cpu_quantize(const Quantize*);
 }
 
 namespace {
@@ -128,6 +131,26 @@ void check_rms_norm() {
     require(std::fabs(squares / 500 - 1) < 1e-4, "rms_norm");
 }
 
+// Rows that lie apart, into bytes by rows and into halves of bytes by groups: within half a step of what they were.
+void check_quantize(int32_t format) {
+    constexpr int64_t kColumns = 160, kStride = 176, kGroup = 32;
+    const bool is_int4 = format == kFormatInt4;
+    const int64_t group = is_int4 ? kGroup : kColumns, groups = kColumns / group;
+    std::vector<float> x(kRows * kStride), scale(static_cast<size_t>(kRows * groups));
+    std::vector<uint8_t> values(static_cast<size_t>(is_int4 ? kRows * kColumns / 2 : kRows * kColumns));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = number(static_cast<uint32_t>(i + 3));
+    const Quantize task = {x.data(), values.data(), scale.data(), kRows, kColumns, kStride, 1, group, kFloat32, format};
+    require(torchinfer_cpu_quantize(&task) == kOk, "status of quantize");
+    for (int64_t i = 0; i < kRows * kColumns; ++i) {
+        const size_t at = static_cast<size_t>(i);
+        const int value = is_int4 ? (values[at / 2] >> (i % 2 * 4) & 15) - 8 : static_cast<int8_t>(values[at]);
+        const float exact = x[static_cast<size_t>(i / kColumns * kStride + i % kColumns)];
+        const float step = scale[static_cast<size_t>(i / group)];
+        // With 4 bits the largest numbers may be cut off, by up to three tenths of 7.5 steps and half of one.
+        require(std::fabs(exact - value * step) <= step * (is_int4 ? 3.75f : 0.501f), "quantize");
+    }
+}
+
 // A step of two rows over a float32 or an int8 cache: one token of a long context, and the last three of a short one.
 struct AttentionStep {
     static constexpr int64_t kHeads = 6, kKvHeads = 2, kSize = 40, kPageSize = 8, kPages = 100, kTokens = 4;
@@ -188,6 +211,30 @@ void check_attention(bool is_int8) {
     }
 }
 
+// Of 1,000 logits the 10 largest are kept: the row's number picks among these in the order of their ids.
+void check_sample() {
+    constexpr int64_t kColumns = 1000;
+    std::vector<float> logits(kRows * kColumns), temperature(kRows, 0.5f), top_p(kRows, 1.0f), min_p(kRows, 0.0f);
+    std::vector<float> uniform(kRows);
+    std::vector<int32_t> top_k(kRows, 10), ids(kRows);
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = number(static_cast<uint32_t>(i + 3)) * 4;
+    for (int64_t row = 0; row < kRows; ++row) uniform[row] = static_cast<float>(row) / kRows;
+    const Sample task = {logits.data(), ids.data(), temperature.data(), top_p.data(), min_p.data(),
+                         uniform.data(), top_k.data(), kRows, kColumns, kColumns};
+    require(torchinfer_cpu_sample(&task) == kOk, "status of sample");
+    for (int64_t row = 0; row < kRows; ++row) {
+        const float* const own = &logits[static_cast<size_t>(row * kColumns)];
+        std::vector<float> sorted(own, own + kColumns);
+        std::sort(sorted.begin(), sorted.end());
+        double all = 0, before = 0;
+        for (int64_t i = 0; i < kColumns; ++i) all += own[i] >= sorted[kColumns - 10] ? std::exp(own[i] / 0.5) : 0;
+        require(own[ids[row]] >= sorted[kColumns - 10], "sample keeps top_k");
+        for (int64_t i = 0; i < ids[row]; ++i) before += own[i] >= sorted[kColumns - 10] ? std::exp(own[i] / 0.5) : 0;
+        const double end = before + std::exp(own[ids[row]] / 0.5);
+        require(before / all - 1e-5 <= uniform[row] && uniform[row] <= end / all + 1e-5, "sample");
+    }
+}
+
 void check_all() {
     for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
         for (const int64_t group : {int64_t{1000}, int64_t{32}}) {
@@ -198,6 +245,9 @@ void check_all() {
         }
     }
     check_rms_norm();
+    check_sample();
+    check_quantize(kFormatInt8);
+    check_quantize(kFormatInt4);
     check_attention(false);
     check_attention(true);
 }

@@ -10,8 +10,10 @@
 #include "layer.h"
 #include "linear.h"
 #include "measure.h"
+#include "quantize.h"
 #include "rms_norm.h"
 #include "rotary.h"
+#include "sample.h"
 #include "write_kv.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
@@ -24,10 +26,12 @@ const Kernels table = {
     measure_products,
     attention,
     write_kv,
+    quantize,
     rotary,
     gated_activation,
     attention_layer,
     mlp_layer,
+    sample,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL

@@ -50,6 +50,8 @@ inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F div(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+// y where a > b, else zero.
+inline F where_above(F a, F b, F y) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
@@ -78,6 +80,8 @@ inline void store_as_bytes(int8_t* p, I a) {
 }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) { return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))}; }
+inline I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+inline I min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_load_si512(p)}; }

@@ -60,6 +60,10 @@ inline F mul(F a, F b) { FOR_ALL(F, vmulq_f32(a.v[i], b.v[i])); }
 inline F div(F a, F b) { FOR_ALL(F, vdivq_f32(a.v[i], b.v[i])); }
 inline F min(F a, F b) { FOR_ALL(F, vminq_f32(a.v[i], b.v[i])); }
 inline F max(F a, F b) { FOR_ALL(F, vmaxq_f32(a.v[i], b.v[i])); }
+// y where a > b, else zero.
+inline F where_above(F a, F b, F y) {
+    FOR_ALL(F, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a.v[i], b.v[i]), vreinterpretq_u32_f32(y.v[i]))));
+}
 inline F fma(F a, F b, F c) { FOR_ALL(F, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 inline F to_float(I a) { FOR_ALL(F, vcvtq_f32_s32(a.v[i])); }
 
@@ -68,6 +72,7 @@ inline I zero_int() { return set(0); }
 inline I sub(I a, I b) { FOR_ALL(I, vsubq_s32(a.v[i], b.v[i])); }
 inline I add(I a, I b) { FOR_ALL(I, vaddq_s32(a.v[i], b.v[i])); }
 inline I mul(I a, I b) { FOR_ALL(I, vmulq_s32(a.v[i], b.v[i])); }
+inline I min(I a, I b) { FOR_ALL(I, vminq_s32(a.v[i], b.v[i])); }
 inline I max(I a, I b) { FOR_ALL(I, vmaxq_s32(a.v[i], b.v[i])); }
 template <int kBits>
 inline I shift_left(I a) {
@@ -95,6 +100,7 @@ inline void store_as_bytes(int8_t* p, I a) {
     const int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
     vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
+inline I bits_of(F a) { FOR_ALL(I, vreinterpretq_s32_f32(a.v[i])); }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) {
     FOR_ALL(I, vandq_s32(vreinterpretq_s32_f32(a.v[i]), vdupq_n_s32(0x7fffffff)));
