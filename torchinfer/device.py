@@ -9,21 +9,28 @@ from pathlib import Path
 
 import torch
 
-from torchinfer.errors import DeviceError
+from torchinfer import spmd
+from torchinfer.errors import ConfigError, DeviceError
 
 DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, num_chips: int = 1) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `xla`. `auto` is a TPU if there is one, else a GPU, else the CPU.
 
     Raises:
-        DeviceError: when the device is not there.
+        ConfigError: several chips are asked of a device other than xla.
+        DeviceError: when the device is not there, or has not so many chips.
     """
     if name == "auto":
         name = "xla" if _has_tpu() else "cuda" if torch.cuda.is_available() else "cpu"
+    if num_chips > 1 and name != "xla":
+        raise ConfigError(
+            f"tensor_parallel_size={num_chips} divides a model among the chips of XLA (TPU), but the device is {name}: "
+            "use tensor_parallel_size=1, or device='xla'"
+        )
     if name == "xla":
-        return _xla_device()
+        return _xla_device(num_chips)
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device='cuda' was asked for, but torch sees no CUDA device; check the driver, or use cpu")
     return torch.device(name)
@@ -35,13 +42,20 @@ def _has_tpu() -> bool:
     return importlib.util.find_spec("torch_xla") is not None and bool(list(Path("/dev").glob("accel[0-9]*")))
 
 
-def _xla_device() -> torch.device:
+def _xla_device(num_chips: int) -> torch.device:
     if importlib.util.find_spec("torch_xla") is None:
         raise DeviceError("device='xla' needs torch_xla, which is not installed; pip install 'torchinfer[xla]'")
     os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
     import torch_xla
 
+    if num_chips == 1 and spmd.is_started():
+        raise DeviceError(
+            "tensor_parallel_size=1, but XLA programs of this process run on several chips since an engine asked for "
+            "them: start this engine in a process of its own"
+        )
     try:
+        if num_chips > 1:
+            spmd.start(num_chips)
         return torch.device(torch_xla.device())
     except RuntimeError as error:
         raise DeviceError(f"XLA device {os.environ['PJRT_DEVICE']} cannot be started: {error}") from error
@@ -66,15 +80,12 @@ def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
+    """Bytes that are free on the device now; of several chips on the one that has least."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU":
-        import torch_xla.core.xla_model as xla_model
-
-        memory = xla_model.get_memory_info(device)
-        return int(memory["bytes_limit"]) - int(memory["bytes_used"])
-    return _free_host_bytes()
+        return spmd.free_bytes()
+    return _free_host_bytes() // (spmd.num_own_chips() if device.type == "xla" else 1)
 
 
 def _free_host_bytes() -> int:

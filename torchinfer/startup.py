@@ -22,15 +22,17 @@ from torchinfer.device import (
 )
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
-from torchinfer.errors import CheckpointError, ConfigError
+from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_cache_dtype
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.divided import load_divided
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import DividedModel, local_config, partition_problems
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.tokenizer import Tokenizer
@@ -50,7 +52,10 @@ def start_engine(config: EngineConfig) -> Engine:
     checkpoint = Checkpoint.open(config.model)
     model_config = ModelConfig.from_dict(checkpoint.config)
     max_model_len = _resolve_max_model_len(config, model_config)
-    device = resolve_device(config.device)
+    num_chips = config.tensor_parallel_size
+    problems = partition_problems(model_config, num_chips)
+    raise_all(problems, ConfigError, f"tensor_parallel_size={num_chips} does not fit the model, use another")
+    device = resolve_device(config.device, num_chips)
     if device.type == "cpu":
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
@@ -58,30 +63,18 @@ def start_engine(config: EngineConfig) -> Engine:
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
-    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
-    model = load_model(
-        checkpoint,
-        model_config,
-        dtype,
-        device,
-        options=options,
-        quantization=config.quantization,
-        smoothing=_smoothing(config, checkpoint, model_config, tokenizer, device, options),
-        moe_mode=config.moe_mode,
-        moe_capacity_factor=config.moe_capacity_factor,
-        progress=config.progress,
-    )
-    model.prepare()
-    num_pages = _resolve_num_pages(config, model_config, kv_cache_dtype, device, max_model_len)
+    model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
+    local = local_config(model_config, num_chips)
+    num_pages = _resolve_num_pages(config, local, kv_cache_dtype, device, max_model_len)
     kernels.load_ports(device.type)
-    kv_caches = allocate(model_config, num_pages, config.page_size, kv_cache_dtype, device)
+    kv_caches = allocate(local, num_pages, config.page_size, kv_cache_dtype, device, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, max_model_len)
     runner = _runner(config, model, kv_caches, device, max_model_len)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
         architecture=model_config.architecture,
-        num_parameters=model.num_parameters(),
+        num_parameters=model.num_parameters if isinstance(model, DividedModel) else model.num_parameters(),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         dtype=_name(dtype),
@@ -94,6 +87,30 @@ def start_engine(config: EngineConfig) -> Engine:
         kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _load(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer | None,
+) -> Decoder | DividedModel:
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
+    common: dict[str, Any] = {
+        "options": options,
+        "quantization": config.quantization,
+        "moe_mode": config.moe_mode,
+        "moe_capacity_factor": config.moe_capacity_factor,
+        "progress": config.progress,
+    }
+    if config.tensor_parallel_size > 1:
+        return load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+    smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
+    model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
+    model.prepare()
+    return model
 
 
 def _smoothing(
@@ -127,21 +144,26 @@ def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_mod
 
 
 def _runner(
-    config: EngineConfig, model: Decoder, kv_caches: list[KVCache], device: torch.device, max_model_len: int
+    config: EngineConfig,
+    model: Decoder | DividedModel,
+    kv_caches: list[KVCache],
+    device: torch.device,
+    max_model_len: int,
 ) -> Runner:
+    sizes = {
+        "table_width": -(-max_model_len // config.page_size),
+        "max_num_requests": config.max_num_requests,
+        "max_num_tokens": config.max_num_batched_tokens,
+    }
+    if isinstance(model, DividedModel):
+        from torchinfer.spmd_runner import SpmdRunner
+
+        return SpmdRunner(model, kv_caches, config.page_size, device, **sizes)
     if device.type != "xla":
         return EagerRunner(model, kv_caches, config.page_size, device)
     from torchinfer.xla_runner import XlaRunner
 
-    return XlaRunner(
-        model,
-        kv_caches,
-        config.page_size,
-        device,
-        table_width=-(-max_model_len // config.page_size),
-        max_num_requests=config.max_num_requests,
-        max_num_tokens=config.max_num_batched_tokens,
-    )
+    return XlaRunner(model, kv_caches, config.page_size, device, **sizes)
 
 
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -74,7 +75,7 @@ class XlaRunner:
         self._token_buckets = buckets(MIN_TOKENS, max_num_tokens)
         self._request_buckets = buckets(MIN_REQUESTS, max_num_requests)
         self._num_last_ids = self._request_buckets[-1]
-        self._last_ids = torch.zeros(self._num_last_ids, dtype=torch.int32, device=device)
+        self._last_ids = self._send(np.zeros(self._num_last_ids, np.int32))
         num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
         # Per function, over all runners of the process.
         torch._dynamo.config.recompile_limit += num_graphs
@@ -151,14 +152,16 @@ class XlaRunner:
         )
 
     def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
-        ints = torch.from_numpy(packed[: shape.num_forward]).to(self._device)
-        logits, hidden = self._forward(ints, self._last_ids, shape)
+        logits, hidden = self._forward(self._send(packed[: shape.num_forward]), self._last_ids, shape)
         return logits, hidden
+
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _send_sampling(self, sampling: Ints) -> tuple[Tensor, Tensor]:
         """In two pieces: XLA has no view of int32 as float32 through torch."""
         top_k, reals = split_sampling(sampling)
-        return torch.from_numpy(top_k).to(self._device), torch.from_numpy(reals).to(self._device)
+        return self._send(top_k), self._send(reals)
 
     def _edit(self, logits: Tensor, edits: LogitEdits | None) -> Tensor:
         """Apply edits in pieces of one size; the last piece repeats its first edit, which changes nothing."""
@@ -169,7 +172,7 @@ class XlaRunner:
             here = np.arange(start, start + EDITS_AT_A_TIME)
             here[here >= len(edits.row)] = start
             arrays = (edits.row[here], edits.token[here], edits.factor[here], edits.addend[here])
-            edited = self._edit_chunk(edited, *(torch.from_numpy(array).to(self._device) for array in arrays))
+            edited = self._edit_chunk(edited, *(self._send(array) for array in arrays))
         return edited
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan) -> list[tuple[Chunk, LogprobTensors]]:
@@ -190,8 +193,8 @@ class XlaRunner:
         rows[:count] = np.arange(start, start + count)
         targets = np.zeros(self._num_last_ids, np.int32)
         targets[: len(ids)] = ids
-        logits = self._head(hidden, torch.from_numpy(rows).to(self._device))
-        return self._logprobs(logits, torch.from_numpy(targets).to(self._device))
+        logits = self._head(hidden, self._send(rows))
+        return self._logprobs(logits, self._send(targets))
 
     def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
         mark_as_donated([tensor for cache in self._kv_caches for tensor in cache.tensors])

@@ -2,8 +2,7 @@
 process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
 
 One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
-all-reduce behind each row-parallel layer and the embeddings, and logits gathered. What chips do with token ids outside
-of their rows of the vocabulary is left out.
+all-reduce behind each row-parallel layer and the embeddings, and logits gathered.
 """
 
 from __future__ import annotations
@@ -26,12 +25,9 @@ from torchinfer.batch import KVCache
 from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
-from torchinfer.planner.footprint import local_config
+from torchinfer.parallel import connect, local_config
 from torchinfer.planner.source import ModelSource, read_source
 from torchinfer.step_input import StepShape, unpack
-
-REDUCED = ("attention.output", "mlp")  # ends of the names of modules whose results are parts of a sum
-
 
 MLIR_TYPES = {
     torch.bfloat16: "bf16",
@@ -129,19 +125,16 @@ def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
         return lambda logits: logits
     groups = [list(range(num_chips))]
 
-    def reduce(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    def reduce(part: Tensor) -> Tensor:
         # Not xla_model.all_reduce: this form gives the sum as a value.
-        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", output, 1.0, groups, False)  # type: ignore[attr-defined]
+        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", part, 1.0, groups, False)  # type: ignore[attr-defined]
         return reduced
 
     def gather(logits: Tensor) -> Tensor:
         gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
         return gathered
 
-    for name, module in model.named_modules():
-        if name.endswith(REDUCED):
-            module.register_forward_hook(reduce)
-    model.embedding.register_forward_hook(reduce)
+    connect(model, reduce, _placeholder((1,), torch.int32))
     return gather
 
 
