@@ -66,7 +66,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A matrix that was merged into another one, along the dimension that is cut: its place there, and a chip's share."""
+    """A matrix that was merged into another one: its place along the dimension that is cut, and a chip's share."""
 
     start: int
     size: int

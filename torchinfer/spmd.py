@@ -44,10 +44,11 @@ def start(num_chips: int) -> None:
         kind = os.environ["PJRT_DEVICE"]
         fewer = "TPU_VISIBLE_CHIPS shows a process fewer" if kind == "TPU" else "CPU_NUM_DEVICES is their number"
         raise DeviceError(
-            f"tensor_parallel_size={num_chips}, but this process has {found} {kind} chip{'s' if found > 1 else ''}, and "
-            f"an XLA program runs on all of them: use tensor_parallel_size={found} ({fewer}, before XLA starts)"
+            f"tensor_parallel_size={num_chips}, but this process has {found} {kind} chip{'s' if found > 1 else ''}, "
+            f"and an XLA program runs on all of them: use tensor_parallel_size={found} ({fewer}, before XLA starts)"
         )
-    runtime.use_spmd()
+    if not runtime.is_spmd():
+        runtime.use_spmd()
 
 
 def num_own_chips() -> int:

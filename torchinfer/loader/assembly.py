@@ -27,7 +27,6 @@ from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, 
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.quantization import QuantizedMatrix
 
-
 Deliver = Callable[[str, Tensor], Tensor]  # the name and values of a tensor -> what the model gets in its place
 
 

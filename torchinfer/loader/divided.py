@@ -25,7 +25,7 @@ def load_divided(
     device: torch.device,
     num_chips: int,
     *,
-    options: LoadOptions = LoadOptions(),
+    options: LoadOptions,
     quantization: str | Mapping[str, str] | None = None,
     moe_mode: str = "dropless",
     moe_capacity_factor: float = 1.25,

@@ -76,7 +76,7 @@ def prepare_matrices(layer: nn.Module) -> None:
 
 
 class Embedding(Layer):
-    """Rows of a table. `first_row`, int32 [1]: of a chip that has the rows from there on; it is None if all are here."""
+    """Rows of a table. `first_row`, int32 [1]: of a chip that has those from there on; None where all rows are."""
 
     first_row: Tensor | None
 
