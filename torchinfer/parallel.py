@@ -115,19 +115,23 @@ class Division:
 
 @dataclass(slots=True)
 class DividedModel:
-    """A model on meta that is to be loaded, and a chip's part of it, which computes."""
+    """A model on meta that is to be loaded, and a chip's part of it, on meta too, which computes with `tensors`."""
 
     whole: Decoder
-    local: Decoder  # with REDUCED modules that add up what all chips have
+    local: Decoder
     num_chips: int
     divisions: dict[str, Division] = field(init=False)  # of parameters and buffers of `local`
     num_parameters: int = field(init=False)  # of the whole
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # what all chips have together
 
     def __post_init__(self) -> None:
         self.num_parameters = self.whole.num_parameters()
-        tensors = _tensors(self.whole)
+        # The first token id of each chip's rows.
+        first_row = torch.arange(self.num_chips, dtype=torch.int32) * self.local.config.vocab_size
+        self.whole.embedding.first_row, self.local.embedding.first_row = first_row, first_row[:1]
+        tensors = tensors_of(self.whole)
         self.divisions = {
-            name: _division(name, self, tensors[name], share) for name, share in _tensors(self.local).items()
+            name: _division(name, self, tensors[name], share) for name, share in tensors_of(self.local).items()
         }
 
 
@@ -151,9 +155,8 @@ def divide(whole: Decoder, num_chips: int) -> DividedModel:
     return DividedModel(whole, local.eval(), num_chips)
 
 
-def connect(local: Decoder, reduce: Callable[[Tensor], Tensor], first_row: Tensor | None) -> None:
-    """Let modules with parts of a sum add them up over all chips. `first_row`, int32 [1], is the first token id of a
-    chip's embeddings, a buffer `embedding.first_row` from now on."""
+def connect(local: Decoder, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Let modules with parts of a sum add them up over all chips."""
 
     def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         return reduce(output)
@@ -162,7 +165,6 @@ def connect(local: Decoder, reduce: Callable[[Tensor], Tensor], first_row: Tenso
         if name.endswith(REDUCED):
             module.register_forward_hook(hook)
     local.embedding.register_forward_hook(hook)
-    local.embedding.first_row = first_row
 
 
 def local_config(config: ModelConfig, num_chips: int) -> ModelConfig:
@@ -209,7 +211,8 @@ def _inner_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
             yield "the shared expert's intermediate_size", moe.shared_intermediate_size
 
 
-def _tensors(model: nn.Module) -> Mapping[str, Tensor]:
+def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """Parameters and buffers by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 

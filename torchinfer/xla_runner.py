@@ -80,12 +80,12 @@ class XlaRunner:
         # Per function, over all runners of the process.
         torch._dynamo.config.recompile_limit += num_graphs
         torch._dynamo.config.accumulated_recompile_limit += num_graphs
-        self._forward = _compiled(self._forward_eager)
-        self._head = _compiled(self._head_eager)
-        self._sample = _compiled(self._sample_eager)
-        self._greedy = _compiled(self._greedy_eager)
-        self._edit_chunk = _compiled(apply_edits)
-        self._logprobs = _compiled(_logprobs_eager)
+        self._forward = compiled(self._forward_eager)
+        self._head = compiled(self._head_eager)
+        self._sample = compiled(self._sample_eager)
+        self._greedy = compiled(self._greedy_eager)
+        self._edit_chunk = compiled(apply_edits)
+        self._logprobs = compiled(_logprobs_eager)
 
     @property
     def num_compilations(self) -> int:
@@ -222,6 +222,7 @@ def _logprobs_eager(logits: Tensor, token_ids: Tensor) -> LogprobTensors:
     return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    compiled: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
-    return compiled
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function as one program for each shape of its arguments."""
+    result: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
+    return result
