@@ -197,7 +197,6 @@ def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tup
             text,
             f"{place.accelerator.name}:{place.topology.name}",
             num_devices=place.topology.num_chips,
-            is_replicated=True,
             donate=donated,
             timeout_seconds=limit_seconds,
         )

@@ -1,8 +1,7 @@
 """A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory. Run as a
 process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
 
-One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
-all-reduce behind each row-parallel layer and the embeddings, and logits gathered.
+On several chips it is the one program that SpmdRunner runs on all of them, with the place of each argument.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,15 @@ import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xla_model
 from torch import Tensor, nn
 
-from torchinfer import kernels
+from torchinfer import kernels, spmd
 from torchinfer.batch import KVCache
-from torchinfer.kv_cache.tensors import SCALED
+from torchinfer.kv_cache.tensors import HEADS, SCALED
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
-from torchinfer.parallel import connect, local_config
+from torchinfer.parallel import divide, local_config, tensors_of
 from torchinfer.planner.source import ModelSource, read_source
+from torchinfer.spmd import REPLICATED
+from torchinfer.spmd_step import SpmdStep
 from torchinfer.step_input import StepShape, unpack
 
 MLIR_TYPES = {
@@ -72,25 +73,38 @@ def trace_step(
     num_pages: int,
     page_size: int,
 ) -> TracedStep:
-    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
+    """Trace the forward pass that the XLA runner compiles for a bucket, on `num_chips` chips.
 
-    For several chips once in a process: torch_xla makes each all-reduce wait for the one before, of other graphs too.
+    For several chips once in a process, before anything else of torch_xla.
     """
-    config = local_config(source.config, num_chips)
-    model = source.build(config).eval()
     kernels.load_ports("xla")
-    _fill(model, source.dtype)
-    gather = _connect(model, num_chips)
-    caches = [_cache(config, num_pages, page_size, cache_dtype) for _ in range(config.num_layers)]
-    ints = _placeholder((shape.num_forward,), torch.int32)
-    last_ids = _placeholder((shape.num_requests,), torch.int32)
-    step = unpack(ints, shape, page_size, None).fed(last_ids)
-    hidden = model(step.batch, caches)
-    logits = gather(model.logits(hidden[step.sample_index]))
-    tensors = [tensor for cache in caches for tensor in cache.tensors]
-    text: str = xla_model.get_stablehlo([logits, hidden, *tensors])
-    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
-    return TracedStep(text, cache_arguments(text, types))
+    if num_chips > 1:
+        spmd.start(num_chips)
+    config = local_config(source.config, num_chips)
+    caches = [tensor for _ in config.windows for tensor in _cache(config, num_pages, page_size, cache_dtype, num_chips)]
+    ints = _placeholder((shape.num_forward,), torch.int32, REPLICATED, num_chips)
+    last_ids = _placeholder((shape.num_requests,), torch.int32, REPLICATED, num_chips)
+    if num_chips > 1:
+        logits, hidden, written = _divided(source, num_chips, page_size).forward(ints, last_ids, caches, shape)
+    else:
+        model, written = _filled(source), caches
+        step = unpack(ints, shape, page_size, None).fed(last_ids)
+        size = len(caches) // config.num_layers
+        hidden = model(step.batch, [KVCache(*caches[at : at + size]) for at in range(0, len(caches), size)])
+        logits = model.logits(hidden[step.sample_index])
+    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in caches]
+    text: str = xla_model.get_stablehlo([logits, hidden, *written])
+    return TracedStep(_with_places(text), cache_arguments(text, types))
+
+
+def _with_places(text: str) -> str:
+    """A program whose arguments say where they are, as what takes them first in its body does."""
+    places = dict(re.findall(r'@Sharding\((%arg\d+)\) \{.*?mhlo\.sharding = ("[^"]*")', text))
+    lines = text.splitlines(keepends=True)
+    at = next(index for index, line in enumerate(lines) if "func.func @main(" in line)
+    for argument, place in places.items():
+        lines[at] = re.sub(rf"({argument}: tensor<[^>]*>)", rf"\1 {{mhlo.sharding = {place}}}", lines[at])
+    return "".join(lines)
 
 
 def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
@@ -102,46 +116,39 @@ def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
     return found
 
 
-def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = xla_builder.create_placeholder_tensor(shape, dtype)
+def _placeholder(share: tuple[int, ...], dtype: torch.dtype, place: int, num_chips: int) -> Tensor:
+    if num_chips > 1:
+        return spmd.placeholder(share, dtype, place, num_chips)
+    tensor: Tensor = xla_builder.create_placeholder_tensor(share, dtype)
     return tensor
 
 
-def _fill(model: Decoder, dtype: torch.dtype) -> None:
+def _filled(source: ModelSource) -> Decoder:
     """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
+    model = source.build(source.config).eval()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _placeholder(tuple(parameter.shape), dtype)
+            value = _placeholder(tuple(parameter.shape), source.dtype, REPLICATED, 1)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             is_constant = not buffer.is_meta
-            value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
-            setattr(module, name, value)
+            filled = _placeholder(tuple(buffer.shape), buffer.dtype, REPLICATED, 1)
+            setattr(module, name, buffer.to(torch_xla.device()) if is_constant else filled)
+    return model
 
 
-def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
-    """Let modules with parts of a sum add them up over all chips; what gathers the logits."""
-    if num_chips == 1:
-        return lambda logits: logits
-    groups = [list(range(num_chips))]
-
-    def reduce(part: Tensor) -> Tensor:
-        # Not xla_model.all_reduce: this form gives the sum as a value.
-        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", part, 1.0, groups, False)  # type: ignore[attr-defined]
-        return reduced
-
-    def gather(logits: Tensor) -> Tensor:
-        gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
-        return gathered
-
-    connect(model, reduce, _placeholder((1,), torch.int32))
-    return gather
+def _divided(source: ModelSource, num_chips: int, page_size: int) -> SpmdStep:
+    model = divide(source.build(source.config), num_chips)
+    for name, share in tensors_of(model.local).items():
+        dtype = source.dtype if isinstance(share, nn.Parameter) else share.dtype
+        model.tensors[name] = _placeholder(tuple(share.shape), dtype, model.divisions[name].place, num_chips)
+    return SpmdStep(model, page_size)
 
 
-def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype) -> KVCache:
+def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, num_chips: int) -> list[Tensor]:
     shape = (2, num_pages, page_size, config.num_kv_heads)
-    data = _placeholder((*shape, config.head_dim), dtype)
-    return KVCache(data, _placeholder(shape, torch.float32) if dtype in SCALED else None)
+    tensors = [_placeholder((*shape, config.head_dim), dtype, HEADS, num_chips)]
+    return [*tensors, _placeholder(shape, torch.float32, HEADS, num_chips)] if dtype in SCALED else tensors
 
 
 if __name__ == "__main__":
