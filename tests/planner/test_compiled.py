@@ -65,7 +65,7 @@ def test_every_kind_of_block_is_traced(models, name):
 @pytest.mark.xla
 @pytest.mark.parametrize("name", ["gpt-j-6b", "mixtral-8x7b"])
 def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name):
-    """Two all-reduces a layer and one for the embeddings; logits are gathered; caches are a quarter."""
+    """Two all-reduces a layer and one for the embeddings; a chip's caches are a quarter; every argument has a place."""
     seen = []
 
     def record(text, topology, **options):
@@ -78,9 +78,11 @@ def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name)
     compile_steps(found, options)
     text, topology, given = seen[0]
     assert text.count("stablehlo.all_reduce") == 5
-    assert text.count("stablehlo.all_gather") == 1
-    assert "tensor<2x65x16x1x128xi8>" in text
-    assert (topology, given["num_devices"], given["is_replicated"], len(given["donate"])) == ("v5e:2x2", 4, True, 4)
+    cache = r"tensor<2x65x16x4x128xi8> \{mhlo.sharding = \"\{devices=\[1,1,1,4,1\]0,1,2,3\}\"\}"
+    header = next(line for line in text.splitlines() if "@main(" in line)
+    assert len(re.findall(cache, header)) == 2 and "tensor<2x65x16x1x128xi8>" in text
+    assert header.count("mhlo.sharding") == len(re.findall(r"%arg\d+:", header)) > 10
+    assert (topology, given["num_devices"], len(given["donate"])) == ("v5e:2x2", 4, 4)
 
 
 @pytest.mark.slow
