@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchinfer import EngineConfig, startup
 from torchinfer.device import resolve_device
 from torchinfer.errors import ConfigError
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import DividedModel, Division, Shard, divide, partition_problems, tensors_of
-from torchinfer.startup import start_engine
 from torchinfer.testing import save_random_checkpoint, tiny_config
 
 CPU = torch.device("cpu")
@@ -132,19 +132,17 @@ def test_scales_that_would_belong_to_two_chips_are_refused(
     ],
 )
 def test_what_cannot_be_divided_is_refused_before_anything_is_loaded(
-    options: dict[str, int], message: str, tmp_path: Path
+    options: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torchinfer import EngineConfig
-
     save_random_checkpoint(tiny_config("llama"), tmp_path)
-    next(tmp_path.glob("*.safetensors")).chmod(0o600)
+    monkeypatch.setattr(startup, "_load", lambda *arguments: pytest.fail("a tensor would have been read"))
     with pytest.raises(ConfigError) as error:
-        start_engine(EngineConfig(model=tmp_path, device="cpu", **options))
+        startup.start_engine(EngineConfig(model=tmp_path, device="cpu", **options))
     assert message in str(error.value)
 
 
 def test_a_device_without_chips_to_divide_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel_size=8 .* use tensor_parallel_size=1, or device='xla'"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=8 .* use tensor_parallel_size=1, or device='xla'"):
         resolve_device("cpu", 8)
 
 

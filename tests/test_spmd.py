@@ -93,8 +93,8 @@ def test_more_chips_than_there_are_and_chips_after_one_are_refused(tmp_path: Pat
         "import sys\nfrom torchinfer import LLM, TorchinferError\n"
         "for size in (4, 1, 2, 1):\n"
         "    try:\n"
-        "        LLM(sys.argv[1], device='xla', tensor_parallel_size=size, max_num_requests=8, max_num_batched_tokens=16,"
-        " max_model_len=20, progress=False).close()\n"
+        "        LLM(sys.argv[1], device='xla', tensor_parallel_size=size, max_num_requests=8, progress=False,"
+        " max_num_batched_tokens=16, max_model_len=20).close()\n"
         "    except TorchinferError as error:\n"
         "        print(size, error)\n"
     )
