@@ -40,6 +40,7 @@ DEV = [
     "mypy>=1.18",
     "psutil",  # compressed-tensors imports it without asking for it
     "pytest>=8.4",
+    "pytest-xdist>=3.8",
     "ruff==0.17.5",
     "setuptools>=77",
     "types-protobuf",

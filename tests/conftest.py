@@ -13,6 +13,7 @@ import pytest
 import torch
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed jax would look for a TPU
+os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla would take it too, with a line on stderr
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

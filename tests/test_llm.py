@@ -14,6 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchinfer import LLM, ConfigError, EngineError, FinishReason, Output, RequestError, SamplingParams
+from torchinfer.kernels.cpu.library import open_library
+from torchinfer.models.decoder import Decoder
 from torchinfer.testing import save_random_checkpoint, tiny_config
 
 CHECKPOINT = Path(__file__).parents[1] / "recipes" / "tiny-llama"
@@ -243,3 +245,23 @@ def test_capacity_mode_counts_what_it_drops(tmp_path: Path) -> None:
     with LLM(tmp_path, **OPTIONS) as llm:
         llm.generate(prompts, greedy(4))
         assert llm.stats().num_dropped_expert_tokens == 0
+
+
+def test_torchs_threads_sleep_during_a_step_and_are_there_afterwards(llm: LLM, monkeypatch: Any) -> None:
+    """The CPU library has threads of its own, and torch's would spin beside them."""
+    seen = set()
+    forward = Decoder.forward
+
+    def watched(*args: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return forward(*args)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        llm.generate(PROMPTS[0], greedy(2))
+        assert torch.get_num_threads() == 3
+        assert seen == {1 if open_library() else 3}
+    finally:
+        torch.set_num_threads(before)

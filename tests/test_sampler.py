@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from torchinfer.sampler import SamplingTensors, apply_edits, filter_threshold, greedy, logprobs_of, sample
+from torchinfer.batch import SamplingTensors
+from torchinfer.kernels.reference.greedy import greedy
+from torchinfer.kernels.reference.sample import filter_threshold, sample
+from torchinfer.sampler import apply_edits, logprobs_of
 from torchinfer.step_input import uniform_numbers
 
 

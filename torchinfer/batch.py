@@ -1,4 +1,4 @@
-"""What ops take as one argument: the tensors of a step, and a layer's cache.
+"""What ops take as one argument: the tensors of a step, a layer's cache, and how tokens are chosen.
 
 A step is flat and ragged, T tokens of R requests.
 
@@ -50,3 +50,19 @@ class KVCache:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is allocated."""
         return (self.data,) if self.scale is None else (self.data, self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingTensors:
+    """Parameters of the rows that sample."""
+
+    temperature: Tensor  # [R] float32, 0 is greedy
+    top_k: Tensor  # [R] int32, 0 keeps all
+    top_p: Tensor  # [R] float32
+    min_p: Tensor  # [R] float32
+    uniform: Tensor  # [R] float32 in [0, 1)
+
+    def first(self, count: int) -> SamplingTensors:
+        """The first `count` rows."""
+        values = (self.temperature, self.top_k, self.top_p, self.min_p, self.uniform)
+        return SamplingTensors(*(value[:count] for value in values))

@@ -3,8 +3,10 @@ besides kernels/tpu."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -77,6 +79,17 @@ def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
         return torch.ones(1, device=device).to(dtype).float().item() == 1
     except (RuntimeError, TypeError):  # what torch and its backends raise for a dtype that they lack
         return False
+
+
+@contextlib.contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads stay asleep: they would spin on the cores that the CPU library computes on."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -6,6 +6,7 @@ meanwhile; `collect` waits. Ids that the host does not know yet are fed from the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from torchinfer.batch import KVCache
+from torchinfer.device import one_torch_thread
+from torchinfer.kernels import greedy, sample
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.moe import MoE
 from torchinfer.request import TokenLogprobs
-from torchinfer.sampler import LogprobTensors, apply_edits, greedy, logprobs_of, sample
+from torchinfer.sampler import LogprobTensors, apply_edits, logprobs_of
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.sequence import Sequence
 from torchinfer.step_input import Ints, StepShape, pack, unpack, unpack_sampling
@@ -77,13 +80,18 @@ class EagerRunner:
         self._kv_caches = kv_caches
         self._page_size = page_size
         self._device = device
+        self._has_own_threads = device.type == "cpu" and model.is_prepared()
         self._last_ids = torch.zeros(1, dtype=torch.int32, device=device)
 
     def warm_up(self, progress: bool) -> None:
         """Nothing to compile."""
 
-    @torch.inference_mode()
     def launch(self, plan: Plan, page_table: Ints) -> Launched:
+        with one_torch_thread() if self._has_own_threads else nullcontext():
+            return self._launch(plan, page_table)
+
+    @torch.inference_mode()
+    def _launch(self, plan: Plan, page_table: Ints) -> Launched:
         shape = StepShape(
             plan.num_tokens, len(plan.decodes) + len(plan.chunks), -(-plan.max_kv_length // self._page_size)
         )

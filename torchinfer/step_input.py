@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchinfer.batch import Batch
+from torchinfer.batch import Batch, SamplingTensors
 from torchinfer.request import SamplingParams
-from torchinfer.sampler import SamplingTensors
 from torchinfer.scheduler import Plan
 from torchinfer.sequence import Sequence
 

@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from torchinfer.batch import KVCache
+from torchinfer.batch import KVCache, SamplingTensors
 from torchinfer.device import count_compilations, mark_as_donated, synchronize
+from torchinfer.kernels import greedy, sample
 from torchinfer.logit_edits import LogitEdits, collect_edits
 from torchinfer.models.decoder import Decoder
 from torchinfer.request import MAX_LOGPROBS
 from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
-from torchinfer.sampler import LogprobTensors, SamplingTensors, apply_edits, greedy, logprobs_of, sample
+from torchinfer.sampler import LogprobTensors, apply_edits, logprobs_of
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.step_input import Ints, StepShape, pack, split_sampling, unpack
 

@@ -102,7 +102,7 @@ class FusedAttention:
             is_interleaved=parts.is_interleaved,
             dtype=DTYPES[parts.norm.dtype],
         )
-        self._kv_cache: KVCache | None = None  # which the template has
+        self._with_cache: tuple[KVCache, AttentionLayerStruct] | None = None  # the last one
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
         """[T, hidden] -> [T, hidden].
@@ -110,8 +110,7 @@ class FusedAttention:
         Raises:
             ValueError: tensors do not fit together, or a row's context is not in its pages; nothing was written then.
         """
-        if kv_cache is not self._kv_cache:
-            self._take_cache(kv_cache)
+        template = self._template_with(kv_cache)
         require(batch.page_size == kv_cache.data.shape[2], f"the batch has pages of {batch.page_size}", kv_cache.data)
         step = step_of(batch)
         _require_x(x, self._dtype, self._hidden_size, step.tokens)
@@ -120,13 +119,16 @@ class FusedAttention:
         is_fit = is_fit and cos.shape == sin.shape and len(cos) == step.tokens and cos.is_cpu and sin.is_cpu
         require(is_fit, "cos and sin are contiguous float32 [T, F]", cos, sin)
         result = torch.empty_like(x)
-        task = AttentionLayerStruct.from_buffer_copy(self._template)
+        task = AttentionLayerStruct.from_buffer_copy(template)
         task.step, task.x, task.y = ctypes.addressof(step), x.data_ptr(), result.data_ptr()
         task.cosine, task.sine, task.frequencies = cos.data_ptr(), sin.data_ptr(), cos.shape[1]
         check(loaded().torchinfer_cpu_attention_layer(ctypes.byref(task)))
         return result
 
-    def _take_cache(self, kv_cache: KVCache) -> None:
+    def _template_with(self, kv_cache: KVCache) -> AttentionLayerStruct:
+        last = self._with_cache  # read once: another thread may put its own there meanwhile
+        if last is not None and last[0] is kv_cache:
+            return last[1]
         data, parts = kv_cache.data, self._parts
         is_fit = data.ndim == 5 and data.shape[0] == 2 and data.shape[3:] == (parts.num_kv_heads, parts.head_dim)
         require(is_fit and data.dtype in CACHE_DTYPES, "a cache is [2, P, page_size, K, D]", data)
@@ -134,7 +136,8 @@ class FusedAttention:
         template = AttentionLayerStruct.from_buffer_copy(self._template)
         template.cache, template.scale = data.data_ptr(), _pointer(kv_cache.scale)
         template.pages, template.cache_dtype = data.shape[1], CACHE_DTYPES[data.dtype]
-        self._template, self._kv_cache = template, kv_cache
+        self._with_cache = kv_cache, template
+        return template
 
 
 class FusedMLP:
@@ -174,8 +177,9 @@ _last_step: tuple[Batch, StepStruct] | None = None
 def step_of(batch: Batch) -> StepStruct:
     """The batch as the library takes it; all layers of a step ask for the same one."""
     global _last_step
-    if _last_step is not None and _last_step[0] is batch:
-        return _last_step[1]
+    last = _last_step
+    if last is not None and last[0] is batch:
+        return last[1]
     slot = batch.slot
     is_fit = slot.ndim == 1 and slot.dtype == torch.int32 and slot.is_contiguous() and slot.is_cpu
     require(is_fit, "slot is contiguous int32 [T]", slot)

@@ -41,6 +41,7 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "gated_activation": (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32, _INT32),
     "attention_layer": (_POINTER,),
     "mlp_layer": (_POINTER,),
+    "sample": (_POINTER,),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,13 +89,19 @@ class Decoder(nn.Module):
             if isinstance(block, Block):
                 block.fuse()
 
+    def is_prepared(self) -> bool:
+        """Whether all matrices are in the layout of the device's kernels."""
+        return not any(isinstance(matrix, nn.Module | nn.Parameter) for matrix in self._matrices())
+
     def num_parameters(self) -> int:
         """Numbers that the model has learned, in however many bits they are held and in whatever layout."""
         matrices = [module for module in self.modules() if isinstance(module, QuantizedMatrix)]
-        names = [(module, name) for module in self.modules() for name in getattr(module, "MATRICES", ())]
-        prepared = [getattr(module, name) for module, name in names]
-        prepared = [matrix for matrix in prepared if not isinstance(matrix, nn.Module | nn.Parameter)]
+        prepared = [matrix for matrix in self._matrices() if not isinstance(matrix, nn.Module | nn.Parameter)]
         return sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared))
+
+    def _matrices(self) -> list[Any]:
+        """Of all layers: a parameter, a QuantizedMatrix, or what the device's kernels made of them."""
+        return [getattr(module, name) for module in self.modules() for name in getattr(module, "MATRICES", ())]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.embedding(tokens)

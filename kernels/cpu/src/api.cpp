@@ -13,8 +13,6 @@ using namespace torchinfer;
 
 namespace {
 
-int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 bool is_aligned(const void* pointer, int64_t alignment) {
     return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(alignment) == 0;
 }
@@ -254,4 +252,19 @@ API int32_t torchinfer_cpu_mlp_layer(const MlpLayer* task) {
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
     return kernels().mlp_layer(threads, *task);
+}
+
+API int32_t torchinfer_cpu_sample(const Sample* task) {
+    if (task->rows < 0 || task->columns < 1 || task->columns > INT32_MAX) return kBadArgument;
+    const bool is_greedy = task->temperature == nullptr;
+    for (const void* each : {static_cast<const void*>(task->top_p), static_cast<const void*>(task->min_p),
+                             static_cast<const void*>(task->uniform), static_cast<const void*>(task->top_k)}) {
+        if ((each == nullptr) != is_greedy) return kBadArgument;
+    }
+    if (!are_aligned({task->logits, task->ids, task->temperature, task->top_p, task->min_p, task->uniform, task->top_k}, 4)) {
+        return kMisaligned;
+    }
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    return kernels().sample(threads, *task);
 }

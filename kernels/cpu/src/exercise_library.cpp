@@ -1,5 +1,6 @@
 // Calls the library from several threads, on every level and with several sizes of the pool, and compares each result
 // with plain loops. Run by scripts/sanitize under the sanitizers and, for NEON, under qemu.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +24,7 @@ int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const voi
                               int32_t);
 int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
+int32_t torchinfer_cpu_sample(const Sample*);
 }
 
 namespace {
@@ -188,6 +190,30 @@ void check_attention(bool is_int8) {
     }
 }
 
+// Of 1,000 logits the 10 largest are kept: the row's number picks among these in the order of their ids.
+void check_sample() {
+    constexpr int64_t kColumns = 1000;
+    std::vector<float> logits(kRows * kColumns), temperature(kRows, 0.5f), top_p(kRows, 1.0f), min_p(kRows, 0.0f);
+    std::vector<float> uniform(kRows);
+    std::vector<int32_t> top_k(kRows, 10), ids(kRows);
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = number(static_cast<uint32_t>(i + 3)) * 4;
+    for (int64_t row = 0; row < kRows; ++row) uniform[row] = static_cast<float>(row) / kRows;
+    const Sample task = {logits.data(), ids.data(), temperature.data(), top_p.data(), min_p.data(),
+                         uniform.data(), top_k.data(), kRows, kColumns, kColumns};
+    require(torchinfer_cpu_sample(&task) == kOk, "status of sample");
+    for (int64_t row = 0; row < kRows; ++row) {
+        const float* const own = &logits[static_cast<size_t>(row * kColumns)];
+        std::vector<float> sorted(own, own + kColumns);
+        std::sort(sorted.begin(), sorted.end());
+        double all = 0, before = 0;
+        for (int64_t i = 0; i < kColumns; ++i) all += own[i] >= sorted[kColumns - 10] ? std::exp(own[i] / 0.5) : 0;
+        require(own[ids[row]] >= sorted[kColumns - 10], "sample keeps top_k");
+        for (int64_t i = 0; i < ids[row]; ++i) before += own[i] >= sorted[kColumns - 10] ? std::exp(own[i] / 0.5) : 0;
+        const double end = before + std::exp(own[ids[row]] / 0.5);
+        require(before / all - 1e-5 <= uniform[row] && uniform[row] <= end / all + 1e-5, "sample");
+    }
+}
+
 void check_all() {
     for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
         for (const int64_t group : {int64_t{1000}, int64_t{32}}) {
@@ -198,6 +224,7 @@ void check_all() {
         }
     }
     check_rms_norm();
+    check_sample();
     check_attention(false);
     check_attention(true);
 }

@@ -77,6 +77,15 @@ struct GatedActivation {
     int32_t kind, dtype;
 };
 
+// Without temperatures the first of a row's largest logits, else as the door says.
+struct Sample {
+    const float* logits;  // [rows, columns]; a row begins `stride` values after the one before
+    int32_t* ids;         // [rows]
+    const float *temperature, *top_p, *min_p, *uniform;  // [rows], all null or none
+    const int32_t* top_k;                                // [rows]
+    int64_t rows, columns, stride;
+};
+
 // What a step's layers have in common. batch.py describes the rows.
 struct StepBatch {
     const int32_t* slot;         // [tokens]
@@ -136,6 +145,7 @@ struct Kernels {
     void (*gated_activation)(Pool&, const GatedActivation&);
     int32_t (*attention_layer)(Pool&, const AttentionLayer&);  // returns a Status
     int32_t (*mlp_layer)(Pool&, const MlpLayer&);              // returns a Status
+    int32_t (*sample)(Pool&, const Sample&);                   // returns a Status
 };
 
 // The kernels of the best level that this machine runs, or of the one that was chosen.

@@ -29,8 +29,6 @@ struct Parts {
     int64_t bytes(int64_t numbers) const { return round_up(numbers * number_bytes, 64); }
 };
 
-inline int64_t bytes_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
 // Each head of a token: norm, rotation, then to `query`, or into the cache.
 template <class T, class Cache>
 struct HeadsRun {
@@ -72,15 +70,14 @@ struct HeadsRun {
 };
 
 void rotate_and_write(Pool& threads, const AttentionLayer& task, const void* heads, void* query) {
-    const int64_t at_once = 1 + kLayerItemValues / task.qkv_size(), tokens = task.step->tokens;
+    const int64_t at_once = 1 + kLayerItemValues / task.qkv_size();
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         with_cache_dtype(task.cache_dtype, [&](auto* cache) {
             using Cache = std::remove_pointer_t<decltype(cache)>;
             const HeadsRun<T, Cache> heads_run = {task, static_cast<const T*>(heads), static_cast<T*>(query)};
-            parallel_for(threads, (tokens + at_once - 1) / at_once, [&](int64_t item, int) {
-                const int64_t end = (item + 1) * at_once < tokens ? (item + 1) * at_once : tokens;
-                for (int64_t token = item * at_once; token < end; ++token) heads_run.run(token);
+            parallel_ranges(threads, task.step->tokens, at_once, [&](int64_t token, int64_t end) {
+                for (; token < end; ++token) heads_run.run(token);
             });
         });
     });
@@ -90,10 +87,8 @@ void rotate_and_write(Pool& threads, const AttentionLayer& task, const void* hea
 void add_values(Pool& threads, const void* a, const void* b, void* y, int64_t count, int32_t dtype) {
     with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        parallel_for(threads, (count + kLayerItemValues - 1) / kLayerItemValues, [&](int64_t item, int) {
-            const int64_t first = item * kLayerItemValues;
-            const int64_t end = first + kLayerItemValues < count ? first + kLayerItemValues : count;
-            for (int64_t i = first; i < end; i += 16) {
+        parallel_ranges(threads, count, kLayerItemValues, [&](int64_t i, int64_t end) {
+            for (; i < end; i += 16) {
                 const F first_value = load_some(static_cast<const T*>(a) + i, end - i);
                 const F second_value = load_some(static_cast<const T*>(b) + i, end - i);
                 store_some(static_cast<T*>(y) + i, add(first_value, second_value), end - i);
@@ -113,7 +108,7 @@ int32_t put_output(Pool& threads, const Layer& task, const PackedWeight& weight,
     void* const product = parts.take(tokens * hidden);
     void* const normed = parts.take(tokens * hidden);
     const int32_t status =
-        linear(threads, {&weight, input, product, bias, nullptr, tokens, weight.inputs, task.dtype, nullptr});
+        linear(threads, {&weight, input, product, bias, nullptr, tokens, weight.inputs, task.dtype});
     if (status != kOk) return status;
     const RmsNorm norm = {product, task.output_norm, normed,      tokens,    hidden,
                           hidden,  task.epsilon,     task.offset, task.dtype};
@@ -125,7 +120,7 @@ int32_t put_output(Pool& threads, const Layer& task, const PackedWeight& weight,
 int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
     const StepBatch& step = *task.step;
     const int64_t tokens = step.tokens, hidden = task.qkv->inputs, query_size = task.query_size();
-    Parts parts = {nullptr, bytes_of(task.dtype)};
+    Parts parts = {nullptr, size_of(task.dtype)};
     const int64_t bytes = 3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * task.qkv_size()) +
                           2 * parts.bytes(tokens * query_size);
     parts.memory = static_cast<char*>(threads.activations(bytes));
@@ -136,7 +131,7 @@ int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
     void* const attended = parts.take(tokens * query_size);
     rms_norm(threads, {task.x, task.norm, normed, tokens, hidden, hidden, task.epsilon, task.offset, task.dtype});
     int32_t status =
-        linear(threads, {task.qkv, normed, heads, task.qkv_bias, nullptr, tokens, hidden, task.dtype, nullptr});
+        linear(threads, {task.qkv, normed, heads, task.qkv_bias, nullptr, tokens, hidden, task.dtype});
     if (status != kOk) return status;
     rotate_and_write(threads, task, heads, query);
     status = attention(threads, task.attention(query, attended));
@@ -146,9 +141,10 @@ int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
 
 int32_t mlp_layer(Pool& threads, const MlpLayer& task) {
     const int64_t tokens = task.tokens, hidden = task.gate_up->inputs, inner = task.down->inputs;
-    Parts parts = {nullptr, bytes_of(task.dtype)};
-    const int64_t bytes =
-        3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * 2 * inner) + parts.bytes(tokens * inner);
+    Parts parts = {nullptr, size_of(task.dtype)};
+    const bool is_gated = inner % kBlock == 0;  // or a block would have gates and what they are multiplied with
+    const int64_t bytes = 3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * inner) +
+                          (is_gated ? 0 : parts.bytes(tokens * 2 * inner));
     parts.memory = static_cast<char*>(threads.activations(bytes));
     if (parts.memory == nullptr) return kNoMemory;
     void* const normed = parts.take(tokens * hidden);
@@ -156,11 +152,11 @@ int32_t mlp_layer(Pool& threads, const MlpLayer& task) {
     rms_norm(threads, {task.x, task.norm, normed, tokens, hidden, hidden, task.epsilon, task.offset, task.dtype});
     Linear gate_up = {task.gate_up, normed, activated, task.gate_up_bias, nullptr, tokens, hidden, task.dtype};
     gate_up.kind = task.kind;
-    gate_up.is_gated = inner % kBlock == 0;  // or a block would have gates and what they are multiplied with
-    if (!gate_up.is_gated) gate_up.y = parts.take(tokens * 2 * inner);
+    gate_up.is_gated = is_gated;
+    if (!is_gated) gate_up.y = parts.take(tokens * 2 * inner);
     const int32_t status = linear(threads, gate_up);
     if (status != kOk) return status;
-    if (!gate_up.is_gated) {
+    if (!is_gated) {
         gated_activation(threads, {gate_up.y, activated, tokens, inner, 2 * inner, inner, task.kind, task.dtype});
     }
     return put_output(threads, task, *task.down, task.down_bias, activated, tokens, parts);

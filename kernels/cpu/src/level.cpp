@@ -12,6 +12,7 @@
 #include "measure.h"
 #include "rms_norm.h"
 #include "rotary.h"
+#include "sample.h"
 #include "write_kv.h"
 
 namespace torchinfer::TORCHINFER_LEVEL {
@@ -28,6 +29,7 @@ const Kernels table = {
     gated_activation,
     attention_layer,
     mlp_layer,
+    sample,
 };
 
 }  // namespace torchinfer::TORCHINFER_LEVEL

@@ -154,7 +154,7 @@ class Pass {
     // Gates and what they are multiplied with are rounded, as if they were written out.
     void compute_gated(int64_t expert, int64_t block, int64_t row, int64_t rows, const uint8_t* next) const {
         alignas(64) char both[kTilesAtOnce * kRows * 2 * kBlock * 4];
-        const int64_t bytes = task_.dtype == kFloat32 ? 4 : 2, columns = weight_.outputs / 2;
+        const int64_t bytes = size_of(task_.dtype), columns = weight_.outputs / 2;
         for (int64_t half = 0; half < 2; ++half) {
             const int64_t part = half * items_ + block;
             const Store store = {both,        task_.bias,        nullptr,           weight_.outputs,

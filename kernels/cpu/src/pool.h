@@ -77,4 +77,13 @@ void parallel_for(Pool& threads, int64_t num_items, const Body& body) {
     threads.run(call, const_cast<Body*>(&body), num_items);
 }
 
+// Items of at most `at_once` things of `count`: body(first, end).
+template <class Body>
+void parallel_ranges(Pool& threads, int64_t count, int64_t at_once, const Body& body) {
+    parallel_for(threads, (count + at_once - 1) / at_once, [&](int64_t item, int) {
+        const int64_t first = item * at_once;
+        body(first, count - first < at_once ? count : first + at_once);
+    });
+}
+
 }  // namespace torchinfer

@@ -32,10 +32,8 @@ inline void rms_norm_row(const T* x, const T* weight, T* y, const RmsNorm& task)
 template <class T>
 void rms_norm_rows(Pool& threads, const RmsNorm& task) {
     const int64_t rows_at_once = 1 + kRmsNormItemValues / (task.columns + 1);
-    const int64_t num_items = (task.rows + rows_at_once - 1) / rows_at_once;
-    parallel_for(threads, num_items, [&](int64_t item, int) {
-        const int64_t end = (item + 1) * rows_at_once < task.rows ? (item + 1) * rows_at_once : task.rows;
-        for (int64_t row = item * rows_at_once; row < end; ++row) {
+    parallel_ranges(threads, task.rows, rows_at_once, [&](int64_t row, int64_t end) {
+        for (; row < end; ++row) {
             rms_norm_row(static_cast<const T*>(task.x) + row * task.stride, static_cast<const T*>(task.weight),
                          static_cast<T*>(task.y) + row * task.columns, task);
         }

@@ -70,9 +70,8 @@ void rotary(Pool& threads, const Rotary& task) {
     const int64_t at_once = 1 + kRotaryItemValues / (task.heads * task.head_size);
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        parallel_for(threads, (task.tokens + at_once - 1) / at_once, [&](int64_t item, int) {
-            const int64_t end = (item + 1) * at_once < task.tokens ? (item + 1) * at_once : task.tokens;
-            for (int64_t token = item * at_once; token < end; ++token) rotate_token<T>(task, token);
+        parallel_ranges(threads, task.tokens, at_once, [&](int64_t token, int64_t end) {
+            for (; token < end; ++token) rotate_token<T>(task, token);
         });
     });
 }

@@ -18,6 +18,9 @@ enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 enum CacheDtype : int32_t { kInt8Cache = 3, kFp8Cache = 4 };  // or a Dtype; these have scales
 enum Status : int32_t { kOk = 0, kMisaligned = 1, kBadArgument = 2, kNoMemory = 3 };
 
+// Bytes of a number of a Dtype.
+constexpr int64_t size_of(int32_t dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // Calls body with a null pointer of the type that a dtype stands for.

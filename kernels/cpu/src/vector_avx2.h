@@ -65,6 +65,10 @@ inline F mul(F a, F b) { FOR_BOTH(F, _mm256_mul_ps(a.v[i], b.v[i])); }
 inline F div(F a, F b) { FOR_BOTH(F, _mm256_div_ps(a.v[i], b.v[i])); }
 inline F min(F a, F b) { FOR_BOTH(F, _mm256_min_ps(a.v[i], b.v[i])); }
 inline F max(F a, F b) { FOR_BOTH(F, _mm256_max_ps(a.v[i], b.v[i])); }
+// y where a > b, else zero.
+inline F where_above(F a, F b, F y) {
+    FOR_BOTH(F, _mm256_and_ps(_mm256_cmp_ps(a.v[i], b.v[i], _CMP_GT_OQ), y.v[i]));
+}
 inline F fma(F a, F b, F c) { FOR_BOTH(F, _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i])); }
 inline F to_float(I a) { FOR_BOTH(F, _mm256_cvtepi32_ps(a.v[i])); }
 

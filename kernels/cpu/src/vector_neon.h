@@ -60,6 +60,10 @@ inline F mul(F a, F b) { FOR_ALL(F, vmulq_f32(a.v[i], b.v[i])); }
 inline F div(F a, F b) { FOR_ALL(F, vdivq_f32(a.v[i], b.v[i])); }
 inline F min(F a, F b) { FOR_ALL(F, vminq_f32(a.v[i], b.v[i])); }
 inline F max(F a, F b) { FOR_ALL(F, vmaxq_f32(a.v[i], b.v[i])); }
+// y where a > b, else zero.
+inline F where_above(F a, F b, F y) {
+    FOR_ALL(F, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a.v[i], b.v[i]), vreinterpretq_u32_f32(y.v[i]))));
+}
 inline F fma(F a, F b, F c) { FOR_ALL(F, vfmaq_f32(c.v[i], a.v[i], b.v[i])); }
 inline F to_float(I a) { FOR_ALL(F, vcvtq_f32_s32(a.v[i])); }
 

@@ -78,6 +78,8 @@ inline F mul(F a, F b) { FOR_LANES(F, a.v[i] * b.v[i]); }
 inline F div(F a, F b) { FOR_LANES(F, a.v[i] / b.v[i]); }
 inline F min(F a, F b) { FOR_LANES(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline F max(F a, F b) { FOR_LANES(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+// y where a > b, else zero.
+inline F where_above(F a, F b, F y) { FOR_LANES(F, a.v[i] > b.v[i] ? y.v[i] : 0.0f); }
 inline F fma(F a, F b, F c) { FOR_LANES(F, a.v[i] * b.v[i] + c.v[i]); }  // rounded twice: there is no instruction
 inline F to_float(I a) { FOR_LANES(F, static_cast<float>(a.v[i])); }
 
