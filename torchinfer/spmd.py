@@ -28,7 +28,8 @@ def start(num_chips: int) -> None:
     as many as it is asked for when it starts.
 
     Raises:
-        DeviceError: there are more or fewer, or XLA has run programs on one chip in this process.
+        DeviceError: there are more or fewer, they are of several hosts, or XLA has run programs on one chip in this
+            process.
     """
     import torch_xla.runtime as runtime
 
@@ -40,6 +41,11 @@ def start(num_chips: int) -> None:
             "start the engine in a process of its own"
         )
     found = int(runtime.global_runtime_device_count())
+    if len(own_chips()) != found:
+        raise DeviceError(
+            f"tensor_parallel_size={num_chips}, but of {found} chips this process has {len(own_chips())}: an engine is one "
+            "process, on the chips of one host; take a topology of one host, such as v5e 2x4 or v5p 2x2x1"
+        )
     if found != num_chips:
         kind = os.environ["PJRT_DEVICE"]
         fewer = "TPU_VISIBLE_CHIPS shows a process fewer" if kind == "TPU" else "CPU_NUM_DEVICES is their number"
