@@ -21,6 +21,7 @@ from torch import Tensor
 from torchinfer.errors import DeviceError
 
 REPLICATED = -1  # in place of a dimension: every chip has all of the tensor
+STACKED = 0  # the dimension of tensors of which each chip has one of its own, whatever is in it
 
 
 def start(num_chips: int) -> None:
@@ -43,8 +44,8 @@ def start(num_chips: int) -> None:
     found = int(runtime.global_runtime_device_count())
     if len(own_chips()) != found:
         raise DeviceError(
-            f"tensor_parallel_size={num_chips}, but of {found} chips this process has {len(own_chips())}: an engine is one "
-            "process, on the chips of one host; take a topology of one host, such as v5e 2x4 or v5p 2x2x1"
+            f"tensor_parallel_size={num_chips}, but of {found} chips this process has {len(own_chips())}: an engine is "
+            "one process, on the chips of one host; take a topology of one host, such as v5e 2x4 or v5p 2x2x1"
         )
     if found != num_chips:
         kind = os.environ["PJRT_DEVICE"]

@@ -13,10 +13,9 @@ from torch.func import functional_call
 
 from torchinfer import spmd
 from torchinfer.batch import KVCache
-from torchinfer.kv_cache.tensors import HEADS
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import DividedModel, connect
-from torchinfer.spmd import REPLICATED
+from torchinfer.spmd import REPLICATED, STACKED
 from torchinfer.step_input import StepInput, StepShape, unpack
 
 COUNTER = "num_dropped"  # the ends of the names of buffers that a forward pass writes to
@@ -42,13 +41,13 @@ class SpmdStep:
         """Logits [R, V], hidden states [T, H], and the state afterwards, in the same memory where it is donated."""
         step = unpack(self._everywhere(ints), shape, self._page_size, None).fed(self._everywhere(last_ids))
         num_written = len(state) - len(self._counters)
-        written = [spmd.to_local(tensor, HEADS, self._num_chips) for tensor in state[:num_written]]
+        written = [spmd.to_local(tensor, STACKED, self._num_chips) for tensor in state[:num_written]]
         counted = [self._everywhere(tensor) for tensor in state[num_written:]]
         tensors = self._shares() | dict(zip(self._counters, counted, strict=True))
         size = num_written // self._num_layers
         caches = [KVCache(*written[at : at + size]) for at in range(0, num_written, size)]
         logits, hidden = functional_call(self._model, _of_model(tensors), (step, caches))
-        after = [spmd.to_global(tensor, HEADS, self._num_chips) for tensor in written]
+        after = [spmd.to_global(tensor, STACKED, self._num_chips) for tensor in written]
         after += [self._from_all(tensor) for tensor in counted]
         return self._whole(logits), self._from_all(hidden), after
 

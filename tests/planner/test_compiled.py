@@ -78,7 +78,7 @@ def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name)
     compile_steps(found, options)
     text, topology, given = seen[0]
     assert text.count("stablehlo.all_reduce") == 5
-    cache = r"tensor<2x65x16x4x128xi8> \{mhlo.sharding = \"\{devices=\[1,1,1,4,1\]0,1,2,3\}\"\}"
+    cache = r"tensor<8x65x16x1x128xi8> \{mhlo.sharding = \"\{devices=\[4,1,1,1,1\]0,1,2,3\}\"\}"
     header = next(line for line in text.splitlines() if "@main(" in line)
     assert len(re.findall(cache, header)) == 2 and "tensor<2x65x16x1x128xi8>" in text
     assert header.count("mhlo.sharding") == len(re.findall(r"%arg\d+:", header)) > 10

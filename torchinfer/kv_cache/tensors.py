@@ -12,6 +12,7 @@ from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.loader import memory
 from torchinfer.models.config import ModelConfig
+from torchinfer.spmd import STACKED
 
 MIB = 2**20
 DTYPES = {  # of what EngineConfig.kv_cache_dtype names, auto aside
@@ -21,7 +22,6 @@ DTYPES = {  # of what EngineConfig.kv_cache_dtype names, auto aside
     "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-HEADS = 3  # the dimension of a cache's tensors that chips divide
 SCALED = (torch.int8, torch.float8_e4m3fn)  # with a scale for each token and KV head
 
 
@@ -71,7 +71,7 @@ def plan_num_pages(
 def allocate(
     model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, num_chips: int = 1
 ) -> list[KVCache]:
-    """One cache a layer, zeros. On several chips `model` is one chip's; a tensor has the heads of all of them.
+    """One cache a layer, zeros. On several chips `model` is one chip's; a tensor has those of all, STACKED.
 
     Raises:
         DeviceError: when the device has not enough memory, with the arithmetic.
@@ -80,8 +80,8 @@ def allocate(
 
     def layer() -> KVCache:
         if num_chips > 1:
-            data = spmd.zeros((*shape, model.head_dim), dtype, HEADS, num_chips)
-            return KVCache(data, spmd.zeros(shape, torch.float32, HEADS, num_chips) if dtype in SCALED else None)
+            data = spmd.zeros((*shape, model.head_dim), dtype, STACKED, num_chips)
+            return KVCache(data, spmd.zeros(shape, torch.float32, STACKED, num_chips) if dtype in SCALED else None)
         # Written now: memory that is only promised would run out in the middle of traffic.
         data = _empty((*shape, model.head_dim), dtype, device).zero_()
         return KVCache(data, _empty(shape, torch.float32, device).zero_() if dtype in SCALED else None)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from torchinfer import kernels, spmd
 from torchinfer.batch import KVCache
-from torchinfer.kv_cache.tensors import HEADS, SCALED
+from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import divide, local_config, tensors_of
 from torchinfer.planner.source import ModelSource, read_source
-from torchinfer.spmd import REPLICATED
+from torchinfer.spmd import REPLICATED, STACKED
 from torchinfer.spmd_step import SpmdStep
 from torchinfer.step_input import StepShape, unpack
 
@@ -147,8 +147,8 @@ def _divided(source: ModelSource, num_chips: int, page_size: int) -> SpmdStep:
 
 def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, num_chips: int) -> list[Tensor]:
     shape = (2, num_pages, page_size, config.num_kv_heads)
-    tensors = [_placeholder((*shape, config.head_dim), dtype, HEADS, num_chips)]
-    return [*tensors, _placeholder(shape, torch.float32, HEADS, num_chips)] if dtype in SCALED else tensors
+    tensors = [_placeholder((*shape, config.head_dim), dtype, STACKED, num_chips)]
+    return [*tensors, _placeholder(shape, torch.float32, STACKED, num_chips)] if dtype in SCALED else tensors
 
 
 if __name__ == "__main__":
