@@ -67,14 +67,14 @@ def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once
     folder = save(tmp_path / "model", "llama")
     dump = tmp_path / "dump"
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
-    options = {"quantization": "int8", "kv_cache_dtype": "int8"}
+    options = {"quantization": "int8", "kv_cache_dtype": "int8", "max_num_batched_tokens": 32}  # two buckets
     (result,) = run(2, True, [(folder, options)], XLA_FLAGS=flags)
     assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert result["chips"]["compiled"] == 0
     # 1 + 8 requests * 4 pages, 16 tokens, one of 2 heads of 16.
     texts = [path.read_text() for path in dump.glob("*after_optimizations.txt")]
     steps = [text for text in texts if re.search(r"s8\[2,33,16,1,16\](\{[^}]*\})? parameter\(", text)]
-    assert steps, "no program with a cache was dumped"
+    assert len(steps) == 2, "a program for each bucket"
     for text in steps:
         found = re.findall(COLLECTIVES, text)
         # The embeddings' rows are added up too, and the vocabulary's logits gathered.

@@ -52,18 +52,12 @@ def start_engine(config: EngineConfig) -> Engine:
     checkpoint = Checkpoint.open(config.model)
     model_config = ModelConfig.from_dict(checkpoint.config)
     max_model_len = _resolve_max_model_len(config, model_config)
-    num_chips = config.tensor_parallel_size
-    problems = partition_problems(model_config, num_chips)
-    raise_all(problems, ConfigError, f"tensor_parallel_size={num_chips} does not fit the model, use another")
-    device = resolve_device(config.device, num_chips)
-    if device.type == "cpu":
-        bound_cpu_caches()
-    if device.type == "xla" and config.compile_cache is not None:
-        keep_compiled_programs(Path(config.compile_cache))
+    device = _prepare_device(config, model_config)
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     tokenizer = load_tokenizer(config.model)
     model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
+    num_chips = config.tensor_parallel_size
     local = local_config(model_config, num_chips)
     num_pages = _resolve_num_pages(config, local, kv_cache_dtype, device, max_model_len)
     kernels.load_ports(device.type)
@@ -87,6 +81,19 @@ def start_engine(config: EngineConfig) -> Engine:
         kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
+    """The device, with what must be said to it before its first use."""
+    num_chips = config.tensor_parallel_size
+    problems = partition_problems(model, num_chips)
+    raise_all(problems, ConfigError, f"tensor_parallel_size={num_chips} does not fit the model, use another")
+    device = resolve_device(config.device, num_chips)
+    if device.type == "cpu":
+        bound_cpu_caches()
+    if device.type == "xla" and config.compile_cache is not None:
+        keep_compiled_programs(Path(config.compile_cache))
+    return device
 
 
 def _load(
