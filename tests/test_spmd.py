@@ -3,6 +3,7 @@ the collectives that a division needs, nothing compiled after the warm-up, cache
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from torchinfer.testing import TINY, save_random_checkpoint, tiny_config
+from torchinfer.testing import TINY, save_random_checkpoint
+from torchinfer.writer.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
@@ -26,10 +29,8 @@ WIDE = {"intermediate_size": 128, "num_attention_heads": 8, "head_dim": 32, "num
 
 
 def save(folder: Path, name: str, **changes: Any) -> str:
-    config = tiny_config(name)
-    for key, value in changes.items():
-        setattr(config, key, value)
-    save_random_checkpoint(config, folder)
+    kind, arguments = TINY[name]
+    save_random_checkpoint(getattr(transformers, kind)(**copy.deepcopy({**arguments, **changes})), folder)
     return str(folder)
 
 
@@ -48,8 +49,11 @@ def test_four_chips_give_the_ids_of_the_cpu_for_every_architecture(tmp_path: Pat
 
 
 def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not_divide(tmp_path: Path) -> None:
+    plain = save(tmp_path / "int4", "llama-biases", vocab_size=163, **WIDE)
+    quantize_checkpoint(plain, tmp_path / "published", "int4_g32")
     cases: list[tuple[str, dict[str, Any]]] = [
-        (save(tmp_path / "int4", "llama-biases", vocab_size=163, **WIDE), {"quantization": "int4_g32"}),
+        (plain, {"quantization": "int4_g32"}),
+        (str(tmp_path / "published"), {}),
         (save(tmp_path / "int8", "llama-tied", vocab_size=163, **WIDE), {"quantization": "int8"}),
         (
             save(tmp_path / "experts", "qwen2-moe", shared_expert_intermediate_size=64, **WIDE),
@@ -57,7 +61,7 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
         ),
     ]
     results = run(8, False, cases)
-    assert len(results) == 3
+    assert len(results) == len(cases)
     for result in results:
         assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert results[-1]["chips"]["dropped"] > 0
