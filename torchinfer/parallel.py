@@ -233,7 +233,7 @@ def _division(name: str, model: DividedModel, tensor: Tensor, share: Tensor) -> 
     differing = [dim for dim, (a, b) in enumerate(zip(tensor.shape, share.shape, strict=True)) if a != b]
     if not differing:
         is_bias = isinstance(module, Linear) and isinstance(mine, Linear) and attribute == "bias"
-        return Division(is_on_first_only=is_bias and module.weight.shape[-1] != mine.weight.shape[-1])
+        return Division(is_on_first_only=is_bias and _num_inputs(module) != _num_inputs(mine))
     (dim,) = differing
     row_block: int | None = 1
     if isinstance(module, QuantizedMatrix):
@@ -247,6 +247,11 @@ def _division(name: str, model: DividedModel, tensor: Tensor, share: Tensor) -> 
     return Division(
         dim, tuple(_part(_blocks(a, row_block), _blocks(b, row_block)) for a, b in zip(rows, own, strict=True))
     )
+
+
+def _num_inputs(module: nn.Module) -> int:
+    assert isinstance(module, Linear)
+    return module.weight.shape[-1]
 
 
 def _blocks(rows: slice, row_block: int) -> tuple[int, int]:

@@ -212,7 +212,7 @@ def _sharding(ndim: int, dim: int, num_chips: int) -> Any:
 def _xlac() -> Any:
     import torch_xla
 
-    return torch_xla._XLAC
+    return torch_xla._XLAC  # type: ignore[attr-defined]
 
 
 def _tensor(value: Any) -> Tensor:

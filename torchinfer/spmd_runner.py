@@ -27,9 +27,11 @@ R = TypeVar("R")
 class SpmdRunner(XlaRunner):
     """An XlaRunner of a divided model, with the caches of all chips."""
 
-    def __init__(self, model: DividedModel, kv_caches: list[KVCache], page_size: int, *arguments: Any, **options: int):
+    def __init__(
+        self, model: DividedModel, kv_caches: list[KVCache], page_size: int, device: torch.device, **sizes: int
+    ) -> None:
         self._num_chips, self._step = model.num_chips, SpmdStep(model, page_size)
-        super().__init__(model.local, kv_caches, page_size, *arguments, **options)
+        super().__init__(model.local, kv_caches, page_size, device, **sizes)
         self._state = [tensor for cache in kv_caches for tensor in cache.tensors] + self._step.counters
         self._forward_state = _renewing(compiled(self._forward_state_eager))
         for name in ("_head", "_sample", "_greedy", "_edit_chunk", "_logprobs"):
