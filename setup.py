@@ -15,7 +15,7 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-KERNEL_BACKENDS = ("reference", "cpu", "tpu")
+KERNEL_BACKENDS = ("reference", "cpu", "tpu", "cuda")
 LIBRARY = "torchinfer.kernels.cpu.libtorchinfer_cpu"
 package_dir = {f"torchinfer.kernels.{name}": f"kernels/{name}" for name in KERNEL_BACKENDS}
 package_dir["torchinfer.serving"] = "serving"
@@ -29,9 +29,11 @@ SERVING = [
 ]
 # And torchax==0.0.7, which pip must install without its dependencies: scripts/install does.
 XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]
+CUDA = ["triton>=3.5; sys_platform == 'linux'"]  # what torch's own wheels for CUDA bring
 EVAL = ["lm-eval>=0.4.13"]  # brings datasets, pandas and scikit-learn, 0.5 GB, and leaves torch as it is
 DEV = [
     *SERVING,
+    *CUDA,  # its interpreter and its compiler need no GPU
     *EVAL,
     "accelerate>=1.0",  # for lm-eval's `hf` model, with which tests compare
     "compressed-tensors==0.15.0.1",  # the truth of its format in tests; later ones want torch 2.10
@@ -108,7 +110,7 @@ setup(
         "serving": SERVING,
         "xla": XLA,
         "tpu": [*XLA, "libtpu==0.0.21"],
-        "cuda": ["triton>=3.5"],
+        "cuda": CUDA,
         "eval": EVAL,
         "dev": DEV,
     },

@@ -7,7 +7,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/grpc_streams.py --model recipes/tiny-llama
 
-One thread, because the model is tiny and the client needs a core too.
+One thread, because the model is tiny and the client needs a core too. A larger model, with prompts of ids:
+
+    python benchmarks/grpc_streams.py --model DIR --quantization int8_w8a8 --streams 32 --prompt-tokens 128 --burst 0
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -32,9 +36,10 @@ PROMPTS = ["def main(", "class Parser(", "import os\nimport ", "for name in sort
 IN_PROCESS = """
 import json, sys, time
 from torchinfer import LLM, SamplingParams
-model, streams, max_tokens, prompts = json.loads(sys.argv[1])
+model, quantization, max_tokens, prompts = json.loads(sys.argv[1])
 params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
-with LLM(model, device="cpu", max_num_requests=streams, progress=False) as llm:
+options = dict(device="cpu", quantization=quantization, max_num_requests=len(prompts), progress=False)
+with LLM(model, **options) as llm:
     llm.generate(prompts[:4], params)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params)
@@ -45,16 +50,19 @@ with LLM(model, device="cpu", max_num_requests=streams, progress=False) as llm:
 class Server:
     """`torchinfer serve` in a process of its own."""
 
-    def __init__(self, model: Path, max_num_requests: int, dtype: str = "auto") -> None:
+    def __init__(
+        self, model: Path, max_num_requests: int, dtype: str = "auto", quantization: str | None = None
+    ) -> None:
         command = [sys.executable, "-m", "torchinfer.cli", "serve", "--model", str(model), "--device", "cpu"]
         command += ["--host", "127.0.0.1", "--port", "0", "--max-queue", "1024", "--no-progress"]
         command += ["--log-level", "warning"]
         command += ["--max-num-requests", str(max_num_requests), "--dtype", dtype]
+        command += ["--quantization", quantization] if quantization else []
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.target = next(word for word in self._process.stdout.readline().split() if word.startswith("127.0.0.1:"))
         with Client(self.target) as client:
-            client.wait_until_serving(60)
+            client.wait_until_serving(300)
 
     def __enter__(self) -> Server:
         return self
@@ -72,15 +80,28 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-async def stream_all(target: str, num_streams: int, max_tokens: int) -> tuple[float, list[int]]:
+def make_prompts(count: int, num_tokens: int) -> list[str] | list[list[int]]:
+    """Texts, or prompts of `num_tokens` ids."""
+    if not num_tokens:
+        return [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    return [[4 + (31 * index + 7 * at) % 1000 for at in range(num_tokens)] for index in range(count)]
+
+
+def request_of(prompt: str | list[int], params: pb.SamplingParams) -> pb.GenerateRequest:
+    if isinstance(prompt, str):
+        return pb.GenerateRequest(text=prompt, params=params)
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), params=params)
+
+
+async def stream_all(
+    target: str, prompts: Sequence[str] | Sequence[list[int]], max_tokens: int
+) -> tuple[float, list[int]]:
     """Seconds for all streams, and the tokens of each; -1 for a stream that did not finish."""
     message = pb.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
-    async def one(stub: inference_pb2_grpc.InferenceStub, index: int) -> int:
+    async def one(stub: inference_pb2_grpc.InferenceStub, prompt: str | list[int]) -> int:
         count, is_finished = 0, False
-        async for response in stub.Generate(
-            pb.GenerateRequest(text=PROMPTS[index % len(PROMPTS)], params=message), timeout=300
-        ):
+        async for response in stub.Generate(request_of(prompt, message), timeout=300):
             count += len(response.chunk.token_ids)
             is_finished = is_finished or response.HasField("finish")
         return count if is_finished else -1
@@ -88,24 +109,23 @@ async def stream_all(target: str, num_streams: int, max_tokens: int) -> tuple[fl
     async with grpc.aio.insecure_channel(target) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         start = time.perf_counter()
-        counts = await asyncio.gather(*(one(stub, index) for index in range(num_streams)))
+        counts = await asyncio.gather(*(one(stub, prompt) for prompt in prompts))
         return time.perf_counter() - start, list(counts)
 
 
-def in_process(model: Path, num_streams: int, max_tokens: int) -> float:
+def in_process(model: Path, quantization: str | None, prompts: Any, max_tokens: int) -> float:
     """Tokens a second of LLM.generate."""
-    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(num_streams)]
-    argument = json.dumps([str(model), num_streams, max_tokens, prompts])
+    argument = json.dumps([str(model), quantization, max_tokens, prompts])
     result = subprocess.run([sys.executable, "-c", IN_PROCESS, argument], capture_output=True, text=True, check=True)
     return float(result.stdout)
 
 
-def served(model: Path, num_streams: int, max_tokens: int) -> float:
+def served(model: Path, quantization: str | None, prompts: Any, max_tokens: int) -> float:
     """Tokens a second of as many streams of one client process."""
-    with Server(model, num_streams) as server:
-        asyncio.run(stream_all(server.target, 4, max_tokens))
-        seconds, counts = asyncio.run(stream_all(server.target, num_streams, max_tokens))
-    assert counts == [max_tokens] * num_streams, "a stream lost tokens"
+    with Server(model, len(prompts), quantization=quantization) as server:
+        asyncio.run(stream_all(server.target, prompts[:4], max_tokens))
+        seconds, counts = asyncio.run(stream_all(server.target, prompts, max_tokens))
+    assert counts == [max_tokens] * len(prompts), "a stream lost tokens"
     return sum(counts) / seconds
 
 
@@ -114,7 +134,7 @@ def burst(model: Path, num_streams: int, rounds: int, dtype: str) -> dict[str, o
     with Server(model, 64, dtype) as server:
         memory, lost = [], 0
         for index in range(rounds):
-            seconds, counts = asyncio.run(stream_all(server.target, num_streams, 16))
+            seconds, counts = asyncio.run(stream_all(server.target, make_prompts(num_streams, 0), 16))
             lost += sum(count != 16 for count in counts)
             memory.append(round(server.memory_mib(), 1))
             print(
@@ -129,20 +149,23 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--burst", type=int, default=1000)
+    parser.add_argument("--prompt-tokens", type=int, default=0, help="prompts of so many ids, for any model")
+    parser.add_argument("--quantization")
+    parser.add_argument("--burst", type=int, default=1000, help="0: none")
     parser.add_argument("--rounds", type=int, default=5)
     # In bfloat16 oneDNN's caches, which are bounded, fill up over the first rounds and hide a leak.
     parser.add_argument("--burst-dtype", default="float32")
     args = parser.parse_args()
+    prompts = make_prompts(args.streams, args.prompt_tokens)
     pairs = []
     for _ in range(args.pairs):
-        ceiling = in_process(args.model, args.streams, args.max_tokens)
-        got = served(args.model, args.streams, args.max_tokens)
+        ceiling = in_process(args.model, args.quantization, prompts, args.max_tokens)
+        got = served(args.model, args.quantization, prompts, args.max_tokens)
         pairs.append((ceiling, got))
         print(f"in-process {ceiling:7.0f} tokens/s, gRPC {got:7.0f} tokens/s, {got / ceiling:.2f} of it")
     ratio = statistics.median(got / ceiling for ceiling, got in pairs)
     print(f"median of {args.pairs} pairs: {ratio:.2f} of in-process")
-    result = burst(args.model, args.burst, args.rounds, args.burst_dtype)
+    result = burst(args.model, args.burst, args.rounds, args.burst_dtype) if args.burst else None
     print(json.dumps({"benchmark": "grpc_streams", "streams": args.streams, "ratio": round(ratio, 3), "burst": result}))
 
 

@@ -46,20 +46,20 @@ class Case:
     quantization: str | None
     accelerator: str
     topology: str
-    batch: int = 8
-    chunk: int = 64
+    batch: int = 64
+    chunk: int = 512
 
 
 CASES = (
-    Case("llama-2-7b", "int8", "v5e", "1x1"),
-    Case("gemma-7b", "int8", "v5e", "1x1"),
+    Case("llama-2-7b", "int8", "v5e", "1x1", batch=32),
+    Case("gemma-7b", "int8", "v5e", "1x1", batch=24),
     Case("gpt-j-6b", None, "v5e", "2x2"),
     Case("gpt-j-6b", "int8", "v5e", "2x2"),
     Case("llama-2-13b", "int8", "v5e", "2x2"),
     Case("llama-2-70b", "int8", "v5e", "2x4"),
     Case("llama-2-70b", "int8", "v5p", "2x2x1"),
     Case("llama-2-70b", None, "v5p", "2x2x1"),
-    Case("llama-3-8b", "int8", "v5e", "2x2", batch=256, chunk=512),
+    Case("llama-3-8b", "int8", "v5e", "2x2", batch=256),
     Case("mixtral-8x7b", "int8", "v5e", "2x2"),
     Case("mixtral-8x7b", "int8", "v5p", "2x2x1"),
 )
@@ -128,7 +128,7 @@ def compiled_cells(step: CompiledStep, case: Case) -> list[str]:
         name,
         f"{program.peak_bytes / 1e9:.2f}",
         f"{program.peak_bytes / capacity.memory_bytes:.0%}",
-        f"{program.bytes_accessed / 1e9:.1f}, {program.bytes_accessed / step.needed_bytes:.1f}",
+        f"{step.moved_bytes / 1e9:.2f}, {step.moved_bytes / step.needed_bytes:.2f}",
         str(collectives.get("all-reduce", 0)),
         ", ".join(others) or "none",
         f"{1000 * step.estimated_seconds:.1f}",

@@ -14,6 +14,8 @@ import torch
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed jax would look for a TPU
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla would take it too, with a line on stderr
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, whose own functions look for it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

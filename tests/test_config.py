@@ -62,7 +62,7 @@ def test_all_problems_are_said_at_once() -> None:
 
 def test_options_of_the_wrong_type_come_at_once_too() -> None:
     with pytest.raises(ConfigError) as error:
-        EngineConfig(model=7, page_size=None, quantization=5)  # type: ignore[arg-type]
+        EngineConfig(model=7, page_size="16", quantization=5)  # type: ignore[arg-type]
     assert str(error.value).count("\n  - ") == 3
 
 

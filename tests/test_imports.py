@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
     "torchinfer.engine_loop",
     "torchinfer.errors",
     "torchinfer.evaluation.options",
+    "torchinfer.hbm_traffic",
     "torchinfer.kv_cache.pages",
     "torchinfer.kv_cache.prefix",
     "torchinfer.logit_edits",
@@ -94,7 +95,7 @@ LAYERS = (
     ("torchinfer.engine_info", "torchinfer.layer_parts"),
     ("torchinfer.fake_gcs_objects",),
     ("torchinfer.evaluation.options", "torchinfer.planner.options"),
-    ("torchinfer.aot", "torchinfer.aot_compiler"),
+    ("torchinfer.aot", "torchinfer.aot_compiler", "torchinfer.hbm_traffic"),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     ("torchinfer.spmd",),
     (

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchinfer import LLM, SamplingParams
+from torchinfer import LLM, ConfigError, SamplingParams, startup
 from torchinfer.testing import TINY, save_random_checkpoint, tiny_config
 from torchinfer.xla_runner import buckets
 
@@ -70,6 +70,22 @@ def test_quantized_weights_give_the_ids_of_the_cpu_and_compile_nothing_later(sch
         assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, greedy())]
 
 
+def test_matrices_packed_for_the_tpus_kernel_give_the_cpus_ids_and_compile_nothing_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "tensor_cores", lambda device: 0 if device.type == "xla" else None)
+    save_random_checkpoint(tiny_config("mixtral"), tmp_path)
+    rng = random.Random(4)
+    prompts = [random_prompt(rng, 40) for _ in range(5)]
+    options = OPTIONS | {"max_num_batched_tokens": 16, "max_model_len": 64, "quantization": "int8"}
+    with LLM(tmp_path, **options) as llm:
+        before = llm.stats().num_compilations
+        outputs = llm.generate(prompts, greedy())
+        assert llm.stats().num_compilations == before > 0
+    with LLM(tmp_path, **(options | {"device": "cpu"})) as llm:
+        assert [output.token_ids for output in outputs] == [o.token_ids for o in llm.generate(prompts, greedy())]
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
@@ -106,6 +122,55 @@ def test_a_cache_of_another_dtype_gives_the_cpus_ids_and_compiles_nothing_after_
     assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
 
 
+@pytest.fixture
+def kernel_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache in the pages of the TPU's attention kernel, which XLA's own operations read here."""
+    monkeypatch.setattr(startup, "tensor_cores", lambda device: 0 if device.type == "xla" else None)
+
+
+@pytest.mark.usefixtures("kernel_pages")
+@pytest.mark.parametrize(
+    ("name", "kv_cache_dtype"),
+    [("llama", "int8"), ("llama-one-key-head", "fp8"), ("gemma2", "bfloat16"), ("gptj", "int8")],
+)
+def test_pages_of_the_attention_kernel_give_the_cpus_ids_and_compile_nothing_after_the_warm_up(
+    name: str, kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    save_random_checkpoint(tiny_config(name), tmp_path)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, 160) for _ in range(length)] for length in (125, 150, 9, 2)]  # two pages, or one
+    options = OPTIONS | {"max_num_batched_tokens": 16, "max_model_len": 200, "kv_cache_dtype": kv_cache_dtype}
+    with LLM(tmp_path, **options) as llm:
+        before = llm.stats().num_compilations
+        outputs = llm.generate(prompts, greedy())
+        assert llm.stats().num_compilations == before > 0
+        assert (llm.model_info.page_size, llm.model_info.num_pages) == (128, 1 + 8 * 2)
+    with LLM(tmp_path, **options | {"device": "cpu"}) as llm:
+        expected = llm.generate(prompts, greedy())
+        assert llm.model_info.page_size == 16
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+
+
+@pytest.mark.usefixtures("kernel_pages")
+def test_another_page_size_than_the_kernels_is_refused_before_weights_are_loaded(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(startup, "load_model")
+    with pytest.raises(ConfigError, match=r"page_size=16: .* pages of 128 tokens; use 128, or leave it out"):
+        LLM(checkpoint, **OPTIONS, kv_cache_dtype="int8", page_size=16)
+
+
+@pytest.mark.usefixtures("kernel_pages")
+def test_a_cache_that_the_kernel_cannot_take_is_gathered_and_the_log_says_so(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = OPTIONS | {"max_num_batched_tokens": 8, "max_model_len": 32}
+    with caplog.at_level("INFO", "torchinfer"), LLM(checkpoint, **options) as llm:
+        assert llm.model_info.page_size == 16
+    lines = [record.message for record in caplog.records if "attention gathers pages" in record.message]
+    assert len(lines) == 1 and "a cache of dtype float32 is not among bfloat16, int8, float8_e4m3fn" in lines[0]
+
+
 def test_every_parameter_equals_the_cpu_and_nothing_is_compiled_after_the_warm_up(checkpoint: Path) -> None:
     rng = random.Random(1)
     prompts = [random_prompt(rng, 100) for _ in range(30)]
@@ -130,7 +195,9 @@ def test_every_parameter_equals_the_cpu_and_nothing_is_compiled_after_the_warm_u
 
 PROGRAM = """
 import sys
-from torchinfer import LLM, SamplingParams
+from torchinfer import LLM, SamplingParams, startup
+if len(sys.argv) > 4:
+    startup.tensor_cores = lambda device: 0
 options = dict(device="xla", dtype="float32", max_num_requests=8, max_num_batched_tokens=16, max_model_len=64)
 with LLM(sys.argv[1], compile_cache=sys.argv[2] or None, kv_cache_dtype=sys.argv[3], progress=False, **options) as llm:
     ids = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=6, temperature=0))[0].token_ids
@@ -140,8 +207,10 @@ with LLM(sys.argv[1], compile_cache=sys.argv[2] or None, kv_cache_dtype=sys.argv
 """
 
 
-def run_program(checkpoint: Path, cache: str, kv_cache_dtype: str = "auto", **environment: str) -> str:
-    command = [sys.executable, "-c", PROGRAM, str(checkpoint), cache, kv_cache_dtype]
+def run_program(
+    checkpoint: Path, cache: str, kv_cache_dtype: str = "auto", more: tuple[str, ...] = (), **environment: str
+) -> str:
+    command = [sys.executable, "-c", PROGRAM, str(checkpoint), cache, kv_cache_dtype, *more]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.splitlines()[-1]
@@ -166,6 +235,18 @@ def test_the_compiled_forward_writes_every_cache_in_place(
         # XLA:CPU scatters no float8: it does that in float16, in memory of its own.
         if kv_cache_dtype != "fp8":
             assert not copies_of_a_cache(text), "the compiled program copies a cache"
+
+
+def test_the_compiled_forward_writes_the_kernels_pages_in_place(checkpoint: Path, tmp_path: Path) -> None:
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    run_program(checkpoint, "", "int8", ("pages",), XLA_FLAGS=flags)
+    # 1 + 8 requests * 1 page; 2 heads of 16: 4 groups of tokens * 2 tiles * 8 rows, and 8 rows of scales.
+    texts = [path.read_text() for path in tmp_path.glob("*after_optimizations.txt")]
+    forwards = [text for text in texts if re.search(r"s32\[9,72,128\](\{[^}]*\})? parameter\(", text)]
+    assert forwards, "no program with a cache was dumped"
+    for text in forwards:
+        aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
+        assert aliases is not None and aliases.group(1).count("may-alias") == 3, text[:500]
 
 
 def copies_of_a_cache(text: str) -> list[str]:

@@ -12,6 +12,7 @@ R are padded to buckets; a padded token has slot 0 (page 0 belongs to nobody), p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,16 +36,26 @@ class Batch:
     prefills: tuple[tuple[int, int, int, int], ...] | None = None  # (row, first token, end token, kv_length)
 
 
+class KernelPages(NamedTuple):
+    """Pages in a layout of a kernel's own: everything of a page is one blob of rows of 128 words of 32 bits."""
+
+    dtype: str  # of the keys and values in them: bfloat16, int8, float8_e4m3fn
+    num_rows: int
+    num_tokens: int
+    num_cores: int  # of a TPU that the kernel runs on; 0: plain operations over the same pages, for other devices
+
+
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of one layer, in P pages; ops write both tensors in place.
+    """Keys and values of one layer, in P pages; ops write all tensors in place.
 
     With a scale, what is stored is `data * scale`: int8 in [-127, 127], or float8_e4m3fn. Each token and KV head has
     a scale of its own, so that a row depends on nothing but itself.
     """
 
-    data: Tensor  # [2, P, page_size, K, D]: keys, values
+    data: Tensor  # [2, P, page_size, K, D]: keys, values; with `pages` int32 [P, num_rows, 128], scales included
     scale: Tensor | None = None  # [2, P, page_size, K] float32; None: data is what is stored
+    pages: KernelPages | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

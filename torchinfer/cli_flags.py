@@ -27,7 +27,7 @@ ENGINE = FlagSet(
         "max_model_len": "tokens of prompt and output together (default: the model's context)",
         "max_num_requests": "requests running at once, samples counted",
         "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
-        "page_size": "tokens in a page of the KV cache, a power of two",
+        "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
         "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB "
         "(default: by device)",
         "kv_cache_dtype": "of the KV cache; auto: the model's; int8 and fp8 hold about twice the tokens of bfloat16",

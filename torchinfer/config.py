@@ -48,7 +48,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and output together; None: the model's context
     max_num_requests: int = 64  # running at once, samples counted
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
-    page_size: int = 16  # tokens
+    page_size: int | None = None  # tokens; None: what the TPU's attention kernel takes, 128, elsewhere 16
     kv_cache_memory: float | int | None = None  # at most 1.0: share of the free memory; more: bytes; None: by device
     kv_cache_dtype: str = "auto"  # the model's; int8 and fp8 (e4m3) with a scale for each token and KV head
     prefix_cache: bool = True
@@ -109,8 +109,9 @@ def _range_problems(c: EngineConfig) -> list[str]:
             "smoothed checkpoint with `torchinfer quantize` first"
         )
     for name in ("tensor_parallel_size", "max_num_requests", "max_num_batched_tokens", "page_size"):
-        if getattr(c, name) < 1:
-            found.append(f"{name}={getattr(c, name)} must be at least 1")
+        value = getattr(c, name)
+        if value is not None and value < 1:
+            found.append(f"{name}={value} must be at least 1")
     if c.load_memory < SMALLEST_LOAD_MEMORY:
         found.append(f"load_memory={c.load_memory} must be at least {SMALLEST_LOAD_MEMORY} bytes")
     if c.load_readers is not None and c.load_readers < 1:
@@ -120,7 +121,7 @@ def _range_problems(c: EngineConfig) -> list[str]:
             f"max_num_batched_tokens={c.max_num_batched_tokens} must be at least "
             f"max_num_requests={c.max_num_requests}, so that every running request gets its token"
         )
-    if c.page_size & (c.page_size - 1):
+    if c.page_size is not None and c.page_size & (c.page_size - 1):
         found.append(f"page_size={c.page_size} must be a power of two")
     if c.max_model_len is not None and c.max_model_len < 2:
         found.append(f"max_model_len={c.max_model_len} must be at least 2 (a prompt token and an output token)")

@@ -14,6 +14,7 @@ import torch
 from torchinfer import spmd
 from torchinfer.errors import ConfigError, DeviceError
 
+TENSOR_CORES = {"TPU v5 lite": 1, "TPU v5e": 1, "TPU v5": 2, "TPU v5p": 2}  # of a chip that is one device
 DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
 
 
@@ -61,6 +62,15 @@ def _xla_device(num_chips: int) -> torch.device:
         return torch.device(torch_xla.device())
     except RuntimeError as error:
         raise DeviceError(f"XLA device {os.environ['PJRT_DEVICE']} cannot be started: {error}") from error
+
+
+def tensor_cores(device: torch.device) -> int | None:
+    """Cores of a TPU that kernels/tpu has kernels for, v5e and v5p; None elsewhere."""
+    if device.type != "xla" or os.environ.get("PJRT_DEVICE") != "TPU":
+        return None
+    import torch_xla.core.xla_model as xla_model
+
+    return TENSOR_CORES.get(xla_model.xla_device_kind(device))
 
 
 def bound_cpu_caches() -> None:

@@ -103,16 +103,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, dim: int, num_chips: int) ->
     return tensor
 
 
-def placeholder(shape: Sequence[int], dtype: torch.dtype, dim: int, num_chips: int) -> Tensor:
-    """A tensor without memory, to trace with; `shape` is that of a share."""
-    import torch_xla.core.xla_builder as xla_builder
-
-    sharding, whole = _placing(shape, dim, num_chips)
-    tensor = _tensor(xla_builder.create_placeholder_tensor(whole, dtype))
-    _xlac()._xla_annotate_custom_sharding(tensor, sharding)
-    return tensor
-
-
 def renewed(tensor: Tensor) -> Tensor:
     """The same memory as a new tensor, to call a function with that will be traced; waits until it is there.
 

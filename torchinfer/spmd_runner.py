@@ -30,7 +30,7 @@ class SpmdRunner(XlaRunner):
     def __init__(
         self, model: DividedModel, kv_caches: list[KVCache], page_size: int, device: torch.device, **sizes: int
     ) -> None:
-        self._num_chips, self._step = model.num_chips, SpmdStep(model, page_size)
+        self._num_chips, self._step = model.num_chips, SpmdStep(model, page_size, kv_caches[0].pages)
         super().__init__(model.local, kv_caches, page_size, device, **sizes)
         self._state = [tensor for cache in kv_caches for tensor in cache.tensors] + self._step.counters
         self._forward_state = _renewing(compiled(self._forward_state_eager))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchinfer import spmd
-from torchinfer.batch import KVCache
+from torchinfer.batch import KernelPages, KVCache
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import DividedModel, connect
 from torchinfer.spmd import REPLICATED, STACKED
@@ -25,9 +25,9 @@ class SpmdStep:
     """Functions of tensors that are on all chips. `state` is what a step changes: the caches' tensors, layer by layer,
     then `counters`."""
 
-    def __init__(self, model: DividedModel, page_size: int) -> None:
+    def __init__(self, model: DividedModel, page_size: int, pages: KernelPages | None = None) -> None:
         self._num_chips, self._vocab_size, self._page_size = model.num_chips, model.whole.config.vocab_size, page_size
-        self._num_layers = model.local.config.num_layers
+        self._num_layers, self._pages = model.local.config.num_layers, pages
         self._places = {name: division.place for name, division in model.divisions.items()}
         self._counters = [name for name in model.tensors if name.endswith(COUNTER)]
         self._weights = {name: tensor for name, tensor in model.tensors.items() if name not in self._counters}
@@ -45,7 +45,8 @@ class SpmdStep:
         counted = [self._everywhere(tensor) for tensor in state[num_written:]]
         tensors = self._shares() | dict(zip(self._counters, counted, strict=True))
         size = num_written // self._num_layers
-        caches = [KVCache(*written[at : at + size]) for at in range(0, num_written, size)]
+        layers = [written[at : at + size] for at in range(0, num_written, size)]
+        caches = [KVCache(layer[0], layer[1] if size > 1 else None, self._pages) for layer in layers]
         logits, hidden = functional_call(self._model, _of_model(tensors), (step, caches))
         after = [spmd.to_global(tensor, STACKED, self._num_chips) for tensor in written]
         after += [self._from_all(tensor) for tensor in counted]

@@ -16,16 +16,26 @@ from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
     bound_cpu_caches,
+    flush,
     free_memory_bytes,
     keep_compiled_programs,
     resolve_device,
+    tensor_cores,
 )
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
-from torchinfer.kv_cache.tensors import MIB, allocate, page_bytes, plan_num_pages, resolve_cache_dtype
+from torchinfer.kv_cache.tensors import (
+    MIB,
+    allocate,
+    kernel_pages,
+    page_bytes,
+    plan_num_pages,
+    resolve_cache_dtype,
+    resolve_page_size,
+)
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.divided import load_divided
@@ -55,15 +65,25 @@ def start_engine(config: EngineConfig) -> Engine:
     device = _prepare_device(config, model_config)
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
+    local = local_config(model_config, config.tensor_parallel_size)
+    pages = kernel_pages(local, kv_cache_dtype, tensor_cores(device))
+    page_size = resolve_page_size(config.page_size, pages)
     tokenizer = load_tokenizer(config.model)
     model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
-    num_chips = config.tensor_parallel_size
-    local = local_config(model_config, num_chips)
-    num_pages = _resolve_num_pages(config, local, kv_cache_dtype, device, max_model_len)
+    bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
+    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, max_model_len)
+    logger.info(
+        "KV cache: %d pages of %d tokens, %s, %.1f MiB",
+        num_pages,
+        page_size,
+        _name(kv_cache_dtype),
+        num_pages * bytes_per_page / MIB,
+    )
     kernels.load_ports(device.type)
-    kv_caches = allocate(local, num_pages, config.page_size, kv_cache_dtype, device, num_chips)
-    scheduler = _scheduler(config, model_config, num_pages, max_model_len)
-    runner = _runner(config, model, kv_caches, device, max_model_len)
+    num_chips = config.tensor_parallel_size
+    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
+    scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
+    runner = _runner(config, model, kv_caches, page_size, device, max_model_len)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
@@ -74,7 +94,7 @@ def start_engine(config: EngineConfig) -> Engine:
         dtype=_name(dtype),
         device=device.type,
         num_pages=num_pages,
-        page_size=config.page_size,
+        page_size=page_size,
         max_num_requests=config.max_num_requests,
         eos_token_ids=tuple(_eos_token_ids(checkpoint, tokenizer)),
         has_tokenizer=tokenizer is not None,
@@ -116,7 +136,9 @@ def _load(
         return load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
     smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
     model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
-    model.prepare()
+    num_cores = tensor_cores(device)
+    # A layer at a time: only one is there twice.
+    model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
     return model
 
 
@@ -134,7 +156,9 @@ def _smoothing(
     return calibrate(checkpoint, model_config, plan, device, options, config.progress)
 
 
-def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_model_len: int) -> Scheduler:
+def _scheduler(
+    config: EngineConfig, model: ModelConfig, num_pages: int, page_size: int, max_model_len: int
+) -> Scheduler:
     pool = PagePool(num_pages)
     has_prefix_cache = config.prefix_cache
     if has_prefix_cache and model.rope_depends_on_length:
@@ -142,11 +166,11 @@ def _scheduler(config: EngineConfig, model: ModelConfig, num_pages: int, max_mod
         has_prefix_cache = False
     return Scheduler(
         pool,
-        page_size=config.page_size,
+        page_size=page_size,
         max_num_requests=config.max_num_requests,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=max_model_len,
-        prefix_cache=PrefixCache(pool, config.page_size) if has_prefix_cache else None,
+        prefix_cache=PrefixCache(pool, page_size) if has_prefix_cache else None,
     )
 
 
@@ -154,23 +178,24 @@ def _runner(
     config: EngineConfig,
     model: Decoder | DividedModel,
     kv_caches: list[KVCache],
+    page_size: int,
     device: torch.device,
     max_model_len: int,
 ) -> Runner:
     sizes = {
-        "table_width": -(-max_model_len // config.page_size),
+        "table_width": -(-max_model_len // page_size),
         "max_num_requests": config.max_num_requests,
         "max_num_tokens": config.max_num_batched_tokens,
     }
     if isinstance(model, DividedModel):
         from torchinfer.spmd_runner import SpmdRunner
 
-        return SpmdRunner(model, kv_caches, config.page_size, device, **sizes)
+        return SpmdRunner(model, kv_caches, page_size, device, **sizes)
     if device.type != "xla":
-        return EagerRunner(model, kv_caches, config.page_size, device)
+        return EagerRunner(model, kv_caches, page_size, device)
     from torchinfer.xla_runner import XlaRunner
 
-    return XlaRunner(model, kv_caches, config.page_size, device, **sizes)
+    return XlaRunner(model, kv_caches, page_size, device, **sizes)
 
 
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -196,7 +221,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _resolve_num_pages(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, max_model_len: int
+    config: EngineConfig, page_size: int, bytes_per_page: int, device: torch.device, max_model_len: int
 ) -> int:
     memory = config.kv_cache_memory
     free = free_memory_bytes(device)
@@ -207,11 +232,7 @@ def _resolve_num_pages(
             f"kv_cache_memory={budget} bytes ({budget / MIB:.0f} MiB) exceeds the {free} bytes ({free / MIB:.0f} MiB) "
             f"that are free on {device.type} after the weights; ask for less, or for a share such as 0.8"
         )
-    bytes_per_page = page_bytes(model, config.page_size, dtype)
-    num_pages = plan_num_pages(budget, bytes_per_page, config.page_size, max_model_len, config.max_num_requests)
-    size = num_pages * bytes_per_page / MIB
-    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, config.page_size, _name(dtype), size)
-    return num_pages
+    return plan_num_pages(budget, bytes_per_page, page_size, max_model_len, config.max_num_requests)
 
 
 def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> Iterator[int]:

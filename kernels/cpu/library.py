@@ -37,6 +37,7 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
     "attention": (_POINTER,),
     "write_kv": (_POINTER,),
+    "quantize": (_POINTER,),
     "rotary": (*(_POINTER,) * 4, *(_INT64,) * 5, _INT32, _INT32),
     "gated_activation": (_POINTER, _POINTER, _INT64, _INT64, _INT64, _INT32, _INT32),
     "attention_layer": (_POINTER,),

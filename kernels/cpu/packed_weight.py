@@ -129,21 +129,18 @@ def _packed(
 
 
 def _pack(struct: PackedStruct, rows: Tensor, may_overwrite: bool) -> Tensor:
-    """Packed values, uint8; in the memory of `rows` where they fit and it may be overwritten, an expert at a time."""
+    """Packed values, uint8; in the memory of `rows` where they fit and it may be overwritten."""
     library, pointer = loaded(), ctypes.addressof(struct)
     expert_bytes = library.torchinfer_cpu_packed_bytes(pointer)
     assert expert_bytes > 0, "can_prepare() lets nothing else through"
     rows = rows.contiguous().view(struct.num_experts, *rows.shape[-2:])
     own = rows.reshape(-1).view(torch.uint8)
-    fits = own.numel() == expert_bytes * struct.num_experts and own.data_ptr() % ALIGNMENT == 0
-    target = own if fits and may_overwrite else _aligned(expert_bytes * struct.num_experts)
-    buffer = _aligned(expert_bytes) if target is own else None
+    num_bytes = expert_bytes * struct.num_experts
+    fits = rows.shape[1] % BLOCK == 0 and own.numel() == num_bytes and own.data_ptr() % ALIGNMENT == 0
+    target = own if fits and may_overwrite else _aligned(num_bytes)
     for expert in range(struct.num_experts):
         place = target[expert * expert_bytes : (expert + 1) * expert_bytes]
-        output = place if buffer is None else buffer
-        check(library.torchinfer_cpu_pack(pointer, rows[expert].data_ptr(), output.data_ptr()))
-        if buffer is not None:
-            place.copy_(buffer)
+        check(library.torchinfer_cpu_pack(pointer, rows[expert].data_ptr(), place.data_ptr()))
     return target
 
 

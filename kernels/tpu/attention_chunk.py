@@ -65,6 +65,11 @@ class KernelConfig:
         return self.layout.key_tiles * LANES
 
     @property
+    def fresh_rows(self) -> int:
+        """Rows of 128 words of a new token."""
+        return round_up(self.layout.num_kv_heads * self.layout.num_tiles, SUBLANES) + self.layout.scale_rows
+
+    @property
     def planes(self) -> int:
         """Rows of the matrix unit for a row of queries."""
         return 2 if self.layout.dtype == "int8" else 1

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.tpu.attention_chunk import KernelConfig
-from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout, pack_pages, unpack_pages
+from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout
+from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages
 from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention
 
 if TYPE_CHECKING:
-    from torchinfer.batch import Batch
+    from torchinfer.batch import Batch, KVCache
 
 DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
@@ -33,19 +34,19 @@ def attend_and_write(
     query: Tensor,  # [T, H, D]
     key: Tensor,  # [T, K, D]
     value: Tensor,  # [T, K, D]
-    pages: Tensor,  # int32 [P, rows, 128], written in place
+    kv_cache: KVCache,  # with `pages`; written in place
     batch: Batch,
-    dtype: str,  # of what the pages hold, a key of DTYPES
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    num_cores: int,
 ) -> Tensor:  # [T, H, D]
-    """The door's write_kv_pages and paged_attention in one."""
+    """See the door."""
+    pages, format_of = kv_cache.data, kv_cache.pages
+    assert format_of is not None
     tables = (batch.query_start, batch.kv_length, batch.page_table)
     result: Tensor
     result, written = torch.ops.torchinfer.ragged_paged_attention(
-        query, key, value, pages, *tables, dtype, scale, window, soft_cap, num_cores
+        query, key, value, pages, *tables, format_of.dtype, scale, window, soft_cap, format_of.num_cores
     )
     pages.copy_(written)
     return result

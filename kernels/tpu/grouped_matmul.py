@@ -1,4 +1,5 @@
-"""Matrix products of row groups as dense ones under masks: shapes do not depend on the routing."""
+"""Matrix products of row groups: the TPU's kernel where it takes the matrices, else dense ones under masks. Shapes do
+not depend on the routing."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchinfer.kernels.reference.grouped_matmul import expert_matmul
+from torchinfer.kernels.tpu.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
@@ -15,10 +17,14 @@ if TYPE_CHECKING:
 
 def grouped_matmul(
     x: Tensor,  # [N, I], rows sorted by group
-    weight: Tensor | QuantizedWeight,  # [E, O, I]
+    weight: Tensor | QuantizedWeight | PackedWeight,  # [E, O, I]
     group_sizes: Tensor,  # [E] int32
 ) -> Tensor:
-    """See the door. Each group's matrix meets all rows: E times the work of the sparse product."""
+    """See the door. Without the kernel each group's matrix meets all rows: E times the work of the sparse product."""
+    if isinstance(weight, PackedWeight):
+        from torchinfer.kernels.tpu.matmul_op import matmul  # needs jax, which other matrices do not
+
+        return matmul(x, weight, group_sizes)
     row = torch.arange(x.shape[0], device=x.device)
     ends = group_sizes.cumsum(0)
     result = x.new_zeros(x.shape[0], (weight if isinstance(weight, Tensor) else weight.values).shape[1])

@@ -17,18 +17,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torchinfer.kernels.tpu.attention_chunk import LOG2_E, KernelConfig
 from torchinfer.kernels.tpu.attention_plan import plan_attention
-from torchinfer.kernels.tpu.page_layout import (
-    FORMATS,
-    LANES,
-    SUBLANES,
-    PageLayout,
-    round_up,
-    to_bits,
-    to_tiles,
-)
+from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, PageLayout, head_problem
+from torchinfer.kernels.tpu.page_packing import to_bits, to_tiles
 from torchinfer.kernels.tpu.ragged_attention_kernel import attention_kernel
 
-MAX_GROUP_SIZE = 128
 CHUNK_BYTES = 9 * 2**17  # of pages that are computed at once, at most
 FETCH_BYTES = 2**21  # of pages that are fetched at once, at least: more than is on its way during the memory's latency
 MAX_CHUNK_PAGES = 16
@@ -55,12 +47,9 @@ def make_config(
         ValueError: for heads, a dtype or a window that the kernel cannot take.
     """
     heads = layout.num_kv_heads
-    if layout.dtype not in FORMATS:
-        raise ValueError(f"a cache of dtype {layout.dtype} is not among {', '.join(FORMATS)}")
-    if num_heads % heads or not 1 <= num_heads // heads <= MAX_GROUP_SIZE:
-        raise ValueError(
-            f"{num_heads} query heads over {heads} KV heads: each KV head needs 1 to {MAX_GROUP_SIZE} whole query heads"
-        )
+    problem = head_problem(num_heads, heads, layout.dtype)
+    if problem is not None:
+        raise ValueError(problem)
     if window is not None and window < 1:
         raise ValueError(f"window={window} lets a token see nothing; it must be at least 1")
     fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= CHUNK_BYTES]
@@ -113,7 +102,9 @@ def ragged_paged_attention(
     factor = scale if config.soft_cap is not None else scale * LOG2_E
     queries = jnp.pad(query.astype(jnp.float32) * factor, widths)
     new = jnp.pad(fresh_rows(key, value, key_scale, value_scale, layout), (room, (0, 0), (0, 0)))
-    out, pages = _call(config, num_tokens, pages.shape, interpret)(*plan, page_table, queries, new, pages)
+    out, pages = _call(config, num_tokens, pages.shape, page_table.shape, interpret)(
+        *plan, page_table, queries, new, pages
+    )
     lane = layout.value_lane
     is_live = jnp.arange(num_tokens) < jnp.where(kv_length > 0, query_start[1:], 0).max()
     return jnp.where(is_live[:, None, None], out[:, :num_heads, lane : lane + head_dim], 0), pages
@@ -147,15 +138,16 @@ def _check(query: Array, key: Array, pages: Array, page_table: Array, config: Ke
 
 
 @functools.lru_cache
-def _call(config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], interpret: Any) -> Any:
+def _call(
+    config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], table_shape: tuple[int, ...], interpret: Any
+) -> Any:
     layout, most = config.layout, config.prefill_tokens
     heads, rows, width = layout.num_kv_heads, config.rows(most), config.key_width
-    fresh = round_up(heads * layout.num_tiles, SUBLANES) + layout.scale_rows
     operand = jnp.int8 if layout.dtype == "int8" else jnp.bfloat16
     scratch = [
         pltpu.VMEM((2, config.fetch_pages, layout.num_rows, LANES), jnp.int32),
         pltpu.VMEM((2, most, config.query_heads, width), jnp.float32),
-        pltpu.VMEM((2, most, fresh, LANES), jnp.int32),
+        pltpu.VMEM((2, most, config.fresh_rows, LANES), jnp.int32),
         pltpu.VMEM((most, config.out_heads, width), jnp.float32),
         pltpu.VMEM((heads, config.planes * rows, width), operand),
         *[pltpu.VMEM((heads, rows, LANES), jnp.float32) for _ in ("q_scale", "m", "l")],
@@ -166,6 +158,7 @@ def _call(config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], i
         pltpu.SemaphoreType.DMA,
     ]
     in_hbm = pl.BlockSpec(memory_space=pltpu.ANY)
+    seen = _pages_seen(config, num_tokens, pages_shape[0], *table_shape)
     return pl.pallas_call(
         functools.partial(attention_kernel, config=config),
         out_shape=(
@@ -185,6 +178,32 @@ def _call(config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], i
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
             disable_bounds_checks=True,  # half of what it takes to start a copy; pages are ours, not a request's
         ),
+        cost_estimate=_cost(config, num_tokens, seen),
         name="ragged_paged_attention",
         interpret=interpret,
+    )
+
+
+def _pages_seen(config: KernelConfig, num_tokens: int, num_pages: int, num_rows: int, table_width: int) -> int:
+    """Pages that all query blocks fetch, if every row decodes behind a full page table, as far as there are pages, and
+    tokens beyond one a row are those of prompts, in whole query blocks, behind full tables too."""
+    width = table_width
+    if config.window is not None:
+        width = min(width, -(-(config.window - 1) // PAGE_SIZE) + 1)
+    num_decodes = min(num_rows, num_tokens)
+    num_prefills = (num_tokens - num_decodes) // config.prefill_tokens
+    return min(num_decodes * width, num_pages - 1) + num_prefills * width
+
+
+def _cost(config: KernelConfig, num_tokens: int, num_pages_seen: int) -> pl.CostEstimate:
+    """What the compiler is told, which knows nothing of the inside: pages that are fetched, queries and new tokens,
+    results; of each new token the group of tokens that is written back, and a page's scales."""
+    layout = config.layout
+    numbers = (config.query_heads + config.out_heads) * config.key_width
+    words = config.fresh_rows * LANES + (layout.group_rows + layout.scale_rows) * LANES
+    scores = config.num_heads * PAGE_SIZE * num_pages_seen
+    return pl.CostEstimate(
+        flops=4 * scores * config.key_width,
+        transcendentals=scores,
+        bytes_accessed=num_pages_seen * layout.page_bytes + num_tokens * 4 * (numbers + words),
     )

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, Chunk, KernelConfig, Refs
 from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
-from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up, slot_of
+from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up
+from torchinfer.kernels.tpu.page_packing import slot_of
 
 COPIES_AT_ONCE = 4  # of pages, whose scalar work overlaps
 HEADS_AT_ONCE = 8  # whose work is interleaved: more have too many values for the registers

@@ -1,10 +1,11 @@
-"""The levels of the CPU library, each forced in turn."""
+"""The levels of the CPU library, each forced in turn; and where the kernels for CUDA run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from torchinfer.kernels.cpu import library
 
@@ -30,3 +31,16 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     library.configure(request.param)
     yield request.param
     library.configure()
+
+
+@pytest.fixture
+def gpu() -> str:
+    """The device of the kernels for CUDA: a GPU, or where there is none the CPU, in Triton's interpreter."""
+    if torch.cuda.is_available():
+        return "cuda"
+    triton = pytest.importorskip("triton")
+    from torchinfer.kernels.cuda import interpreter
+
+    assert triton.knobs.runtime.interpret, "tests/conftest.py sets TRITON_INTERPRET before triton is imported"
+    interpreter.repair()
+    return "cpu"

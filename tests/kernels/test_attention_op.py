@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchinfer import aot
-from torchinfer.batch import KVCache
+from torchinfer.batch import KernelPages, KVCache
 from torchinfer.device import mark_as_donated, resolve_device
 from torchinfer.kernels.reference.paged_attention import paged_attention
 from torchinfer.kernels.reference.write_kv_pages import write_kv_pages
@@ -19,7 +19,8 @@ import numpy as np  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from torchinfer.kernels.tpu import attention_op  # noqa: E402
-from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout, unpack_pages  # noqa: E402
+from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout  # noqa: E402
+from torchinfer.kernels.tpu.page_packing import unpack_pages  # noqa: E402
 
 # (new tokens, tokens in the cache)
 STEPS = [[(1, 0), (130, 0), (5, 0)], [(1, 1), (1, 130), (0, 5), (9, 0)]]
@@ -50,9 +51,8 @@ def test_two_steps_on_xla_equal_the_reference(dtype, size, window, soft_cap):
     @torch.compile(backend="openxla", fullgraph=True, dynamic=False)
     def attend(query, key, value, pages, batch):
         mark_as_donated([pages])
-        return attention_op.attend_and_write(
-            query, key, value, pages, batch, dtype, size**-0.5, window, soft_cap, num_cores=0
-        )
+        cache = KVCache(pages, None, KernelPages(dtype, layout.num_rows, PAGE_SIZE, num_cores=0))
+        return attention_op.attend_and_write(query, key, value, cache, batch, size**-0.5, window, soft_cap)
 
     for step in STEPS:
         batch = step_batch(step)

@@ -190,6 +190,14 @@ def test_packing_in_place_gives_the_same(name):
     assert torch.equal(linear(x, prepared, None), expected)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_are_packed_in_place_each_in_its_part(name):
+    weight, x = stack([make_weight(name, 64, 128, seed) for seed in range(3)]), make_input(9, 128, input_dtype(name))
+    sizes = torch.tensor([4, 0, 5], dtype=torch.int32)
+    expected = grouped_matmul(x, prepare(weight), sizes)
+    assert torch.equal(grouped_matmul(x, prepare(weight, may_overwrite=True), sizes), expected)
+
+
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [8, 0, 0], [1, 2, 0], [40, 1, 20]])
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_equal_each_expert_alone(level, name, sizes):

@@ -19,7 +19,8 @@ from jax import numpy as jnp  # noqa: E402
 from jax._src.pallas.mosaic import interpret  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
-from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout, pack_pages, unpack_pages  # noqa: E402
+from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout  # noqa: E402
+from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages  # noqa: E402
 from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention  # noqa: E402
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}

@@ -24,7 +24,7 @@ from torchinfer.loader.plan import Piece, plan_extents
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.retry import Attempts, RetryPolicy
 from torchinfer.loader.source import DirectUnsupportedError, TransientError
-from torchinfer.loader.tuning import DirectChoice, ReaderCount
+from torchinfer.loader.tuning import PROBE_READERS, DirectChoice, ReaderCount
 
 QUICK = RetryPolicy(attempts=4, first_delay=0.001, max_delay=0.002)
 Faulty = Callable[..., Any]
@@ -205,14 +205,16 @@ def test_storage_without_direct_reads_is_read_through_the_page_cache(folder: Pat
 @pytest.mark.parametrize(
     ("choice", "is_network", "is_measured"), [(None, False, False), (None, True, True), (False, False, True)]
 )
-def test_the_number_of_readers_stays_while_direct_reads_are_compared_on_a_disk(
+def test_the_number_of_readers_is_given_while_direct_reads_are_compared_on_a_disk(
     folder: Path, choice: bool | None, is_network: bool, is_measured: bool
 ) -> None:
     source = FolderSource(folder)
     source.is_network = is_network
     readers = make_readers(source, {})
+    readers.count = ReaderCount(2, 16)
     readers.direct.choice = choice
     readers._has_waited = True
     readers.extents.clear()  # nobody is started
     readers._adapt()
     assert (readers.count._started > 0) == is_measured
+    assert readers.count.target == (2 if is_measured else PROBE_READERS)

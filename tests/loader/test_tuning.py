@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from torchinfer.loader.tuning import CACHED_RATE, PROBE_EXTENTS, DirectChoice, ReaderCount
+from torchinfer.loader.tuning import (
+    CACHED_RATE,
+    PROBE_EXTENTS,
+    PROBE_SKIPPED,
+    DirectChoice,
+    ReaderCount,
+)
 
 
 def settle(rate_of: Callable[[int], float], first: int, limit: int) -> int:
@@ -43,7 +49,7 @@ def test_errors_halve_the_readers() -> None:
     assert count.observe(4.0, 10**10, 4) == 4
 
 
-def observe(choice: DirectChoice, buffered: float, direct: float, extents: int = 10) -> list[bool]:
+def observe(choice: DirectChoice, buffered: float, direct: float, extents: int = 20) -> list[bool]:
     started = []
     for _ in range(extents):
         started.append(choice.next())
@@ -65,6 +71,13 @@ def test_they_are_not_where_they_are_not() -> None:
     assert choice.choice is False
 
 
+def test_what_ran_beside_the_other_kind_does_not_count() -> None:
+    choice = DirectChoice(None)
+    observe(choice, 1e8, 1e8, PROBE_EXTENTS + PROBE_SKIPPED)
+    observe(choice, 1e8, 3e8)
+    assert choice.choice is True
+
+
 def test_they_are_not_tried_where_the_file_is_in_memory() -> None:
     choice = DirectChoice(None)
     assert not any(observe(choice, 1.1 * CACHED_RATE, 1e12))
@@ -74,7 +87,7 @@ def test_they_are_not_tried_where_the_file_is_in_memory() -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_given_choice_stays(wanted: bool) -> None:
     choice = DirectChoice(wanted)
-    assert observe(choice, 1e8, 1e8) == [wanted] * 10
+    assert observe(choice, 1e8, 1e8) == [wanted] * 20
 
 
 def test_storage_may_refuse() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchinfer.kv_cache.tensors import allocate
+from torchinfer.kv_cache.tensors import allocate, kernel_pages
 from torchinfer.loader import load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
@@ -158,4 +158,8 @@ def test_the_engine_holds_as_many_bytes(tmp_path, name, quantization):
     part = footprint(source, 1, torch.int8, page_size=16)
     assert part.weight_bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     cache = [tensor for layer in allocate(config, 3, 16, torch.int8, HOST) for tensor in layer.tensors]
+    assert 3 * part.page_bytes == sum(tensor.numel() * tensor.element_size() for tensor in cache)
+    part, pages = footprint(source, 1, torch.int8, num_cores=1), kernel_pages(config, torch.int8, 1)
+    assert part.page_size == 128
+    cache = [tensor for layer in allocate(config, 3, 128, torch.int8, HOST, pages) for tensor in layer.tensors]
     assert 3 * part.page_bytes == sum(tensor.numel() * tensor.element_size() for tensor in cache)

@@ -20,7 +20,7 @@ FLAGS = {
     "topology": ("--topology 2x2x1", "2x2x1"),
     "price": ("--price 1.5", 1.5),
     "max_num_batched_tokens": ("--max-num-batched-tokens 77", 77),
-    "page_size": ("--page-size 32", 32),
+    "page_size": ("--page-size 128", 128),
     "plot": ("--plot p", "p"),
     "compile": ("--compile", True),
     "batch": ("--batch 7", 7),
@@ -43,7 +43,7 @@ def test_the_table_of_places(models):
     text = to_text(models.plan("llama-2-7b", quantization="int8", kv_cache_dtype="int8"))
     assert text.startswith("llama-2-7b: LlamaForCausalLM, 6,738,415,616 parameters\n")
     assert "weights int8, activations bfloat16, KV cache int8" in text
-    columns = ["v5e", "1x1", "fits", "1", "1", "7.01", "41%", "270,336", "51", "36,432", "8", "12,496", "3"]
+    columns = ["v5e", "1x1", "fits", "1", "1", "7.01", "41%", "270,336", "51", "36,224", "8", "12,416", "3"]
     assert rows_of(text, "v5e 1x1  ") == [columns]
 
 
@@ -80,7 +80,11 @@ def test_what_does_not_divide_is_in_the_table_with_its_reason(models):
         ("llama-2-7b", {"quantization": "fp8"}, "v5e, v5p: no unit for fp8"),
         ("llama-2-7b", {"kv_cache_dtype": "fp8"}, "v5e, v5p: no unit for fp8"),
         ("qwen3-30b-a3b", {"topology": "2x4"}, "v5e 2x4: each of 4 KV heads is held by 2 chips"),
-        ("falcon-7b", {"context": 128}, "v5e: heads of 64 numbers take the room of 128"),
+        (
+            "falcon-7b",
+            {"context": 128, "dtype": "float32", "quantization": "int8"},
+            "v5e: heads of 64 numbers take the room of 128",
+        ),
         ("llama-2-70b", {"topology": "4x4"}, "v5e 4x4: 4 hosts, one process on each"),
     ],
 )

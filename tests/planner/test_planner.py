@@ -38,9 +38,9 @@ def test_what_fits(models, name, quantization, accelerator, topology):
 
 def test_llama_3_8b_int8_on_v5e_2x2_holds_256_requests_of_1024_tokens(models):
     place = models.placement("llama-3-8b", "v5e", "2x2", quantization="int8", kv_cache_dtype="int8", context=1024)
-    # A token takes 2 * 32 layers * 2 heads * 132 bytes on each chip.
-    assert place.capacity.request_bytes == 1024 * 16896
-    assert place.capacity.rule_requests == int(0.2 * 15.75 * GIB) // (1024 * 16896) == 195
+    # A page of 128 tokens takes 32 layers * (2 * 2 heads * 128 * 128 bytes, and 8 rows of 128 scales, 4 of them empty).
+    assert place.capacity.request_bytes == 8 * 32 * (65536 + 8 * 512) == 1024 * 17408
+    assert place.capacity.rule_requests == int(0.2 * 15.75 * GIB) // (1024 * 17408) == 189
     assert place.capacity.num_requests > 256
 
 
@@ -56,7 +56,7 @@ def test_the_exact_number_of_requests_is_the_largest_that_fits(models):
     assert found.num_requests == 8
     # 9.9 GB are left, at 270,336 bytes a token.
     assert found.num_tokens == (found.cache_bytes - part.page_bytes) // 270336
-    assert found.rule_tokens == int(0.2 * 15.75 * GIB) // part.page_bytes * 16
+    assert found.rule_tokens == int(0.2 * 15.75 * GIB) // part.page_bytes * part.page_size
 
 
 def test_the_smallest_topology_keeps_the_rule(models):
@@ -128,6 +128,14 @@ def test_all_problems_come_at_once(models):
         "batch=0 must be at least 1",
     ):
         assert problem in message
+
+
+def test_pages_that_the_tpus_kernel_cannot_take_are_refused_where_there_is_a_tpu(models):
+    message = error_of(models, page_size=16, kv_cache_dtype="int8")
+    assert "page_size=16: the TPU's attention kernel takes pages of 128 tokens; use 128, or leave it out" in message
+    assert models.placement("llama-2-7b", "h100", "1", page_size=32).footprint.page_size == 32
+    # In float32 the kernel does not take the cache, so that any page will do.
+    assert models.placement("llama-2-7b", "v5p", "2x2x1", page_size=32, dtype="float32").footprint.pages is None
 
 
 @pytest.mark.parametrize("price", [0.0, float("inf"), float("nan")])

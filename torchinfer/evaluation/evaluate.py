@@ -32,6 +32,7 @@ from torchinfer.evaluation.variants import (
     allocate_caches,
     cache_bytes_per_1000_tokens,
     load_scheme,
+    one_page_size,
     weight_bytes,
 )
 from torchinfer.models.decoder import Decoder
@@ -79,7 +80,9 @@ def evaluate(options: EvaluationOptions) -> Evaluation:
     if inputs.device.type == "cpu":
         bound_cpu_caches()
     kernels.load_ports(inputs.device.type)
-    layout = Layout.of(options.page_size, options.max_num_batched_tokens, inputs.context)
+    cache_dtypes = {name for names in inputs.pairs.values() for name in names}
+    page_size = one_page_size(options.page_size, cache_dtypes, inputs.model_config, inputs.device)
+    layout = Layout.of(page_size, options.max_num_batched_tokens, inputs.context)
     results: list[Result] = []
     with _store(options, inputs) as store:
         reference: TokenScores | None = None
@@ -118,7 +121,7 @@ def measure(
         kv=cache_dtype,
         is_reference=reference is None,
         weight_bytes=weight_bytes(model),
-        kv_bytes_per_1000_tokens=cache_bytes_per_1000_tokens(cache_dtype, config, layout.page_size),
+        kv_bytes_per_1000_tokens=cache_bytes_per_1000_tokens(cache_dtype, config, layout.page_size, device),
         prefill_tokens_per_second=driver.num_tokens / driver.seconds,
         decode_tokens_per_second=driver.decode_tokens_per_second(inputs.token_ids),
         overall=summary,

@@ -87,7 +87,7 @@ def _option_problems(options: EvaluationOptions) -> list[str]:
         value = getattr(options, name)
         if value is not None and value < smallest:
             found.append(f"{name}={value} must be at least {smallest}")
-    if options.page_size & (options.page_size - 1):
+    if options.page_size is not None and options.page_size & (options.page_size - 1):
         found.append(f"page_size={options.page_size} must be a power of two")
     return found + _unknown("schemes", options.schemes, SCHEMES)
 

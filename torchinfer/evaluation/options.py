@@ -36,7 +36,7 @@ class EvaluationOptions:
     scratch: str | Path | None = None  # folder for them; None: the system's
     device: str = "auto"
     dtype: str = "auto"
-    page_size: int = 16
+    page_size: int | None = None
     max_num_batched_tokens: int = 512
     load_memory: Size = 2 << 30
     progress: bool = True
@@ -58,7 +58,7 @@ EVALUATION = FlagSet(
         "scratch": "folder for them (default: the system's for temporary files)",
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
         "dtype": "of weights and activations as stored; auto: the checkpoint's",
-        "page_size": "tokens in a page of the KV cache, a power of two",
+        "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
         "max_num_batched_tokens": "tokens computed at once",
         "load_memory": "host memory for what is on its way from the checkpoint to its place",
         "progress": "progress bars on standard error, if it is a terminal",

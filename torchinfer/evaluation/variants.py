@@ -11,8 +11,16 @@ import torch
 
 from torchinfer import quantization
 from torchinfer.batch import KVCache
+from torchinfer.device import tensor_cores
 from torchinfer.errors import ConfigError
-from torchinfer.kv_cache.tensors import DTYPES, allocate, page_bytes, resolve_cache_dtype
+from torchinfer.kv_cache.tensors import (
+    DTYPES,
+    allocate,
+    kernel_pages,
+    page_bytes,
+    resolve_cache_dtype,
+    resolve_page_size,
+)
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.schemes import choose_schemes
@@ -68,12 +76,30 @@ def allocate_caches(
     device: torch.device,
 ) -> list[KVCache]:
     """One cache a layer, as `Decoder.forward` takes them."""
-    return allocate(model_config, num_pages, page_size, resolve_cache_dtype(cache_dtype, dtype, device), device)
+    stored = resolve_cache_dtype(cache_dtype, dtype, device)
+    pages = kernel_pages(model_config, stored, tensor_cores(device))
+    return allocate(model_config, num_pages, page_size, stored, device, pages)
 
 
-def cache_bytes_per_1000_tokens(cache_dtype: str, model_config: ModelConfig, page_size: int) -> int:
-    """Keys, values and what a cache dtype needs beside them, over all layers."""
-    return 1000 * page_bytes(model_config, page_size, DTYPES[cache_dtype]) // page_size
+def one_page_size(
+    page_size: int | None, cache_dtypes: Iterable[str], model_config: ModelConfig, device: torch.device
+) -> int:
+    """A page size for caches of all these dtypes.
+
+    Raises:
+        ConfigError: the device's attention kernel takes pages of another size for one of them.
+    """
+    cores = tensor_cores(device)
+    found = [kernel_pages(model_config, DTYPES[name], cores) for name in cache_dtypes]
+    return resolve_page_size(page_size, next((pages for pages in found if pages is not None), None))
+
+
+def cache_bytes_per_1000_tokens(
+    cache_dtype: str, model_config: ModelConfig, page_size: int, device: torch.device
+) -> int:
+    """Keys, values and what a cache dtype and its pages need beside them, over all layers."""
+    pages = kernel_pages(model_config, DTYPES[cache_dtype], tensor_cores(device))
+    return 1000 * page_bytes(model_config, page_size, DTYPES[cache_dtype], pages) // page_size
 
 
 def weight_bytes(model: Decoder) -> int:

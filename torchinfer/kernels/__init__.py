@@ -15,9 +15,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from torchinfer.batch import Batch, KVCache, SamplingTensors
+from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -26,17 +27,19 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpu",),
-    "rms_norm": ("cpu",),
-    "rotary_embedding": ("cpu",),
-    "gated_activation": ("cpu",),
-    "write_kv_pages": ("cpu", "tpu"),
-    "paged_attention": ("cpu", "tpu"),
-    "grouped_matmul": ("cpu", "tpu"),
-    "quantized_matmul": (),
+    "linear": ("cpu", "tpu"),
+    "rms_norm": ("cpu", "cuda"),
+    "rotary_embedding": ("cpu", "cuda"),
+    "gated_activation": ("cpu", "cuda"),
+    "write_kv_pages": ("cpu", "tpu", "cuda"),
+    "paged_attention": ("cpu", "tpu", "cuda"),
+    "grouped_matmul": ("cpu", "tpu", "cuda"),
+    "grouped_gated_matmul": ("cpu", "tpu"),
+    "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu",),
+    "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
@@ -62,7 +65,8 @@ def _find_folder(device_type: str) -> str:
     if device_type not in _folders:
         folder = BACKENDS.get(device_type, "reference")
         is_unwanted = os.environ.get("TORCHINFER_KERNELS") == "reference" and folder != "tpu"
-        if is_unwanted or (folder == "cpu" and not _has_cpu_library()):
+        is_missing = (folder == "cpu" and not _has_cpu_library()) or (folder == "cuda" and not _has_triton())
+        if is_unwanted or is_missing:
             folder = "reference"
         _folders[device_type] = folder
     return _folders[device_type]
@@ -76,6 +80,17 @@ def _has_cpu_library() -> bool:
         raise ConfigError(str(error)) from error
 
 
+def _has_triton() -> bool:
+    try:
+        importlib.import_module("triton")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
+        return False
+    return True
+
+
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     device_type = x.device.type
     if device_type not in _loaded:
@@ -83,12 +98,20 @@ def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     return _loaded[device_type][op]
 
 
-def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PreparedWeight | None:
+def prepare(
+    weight: Tensor | QuantizedWeight, may_overwrite: bool = False, num_cores: int | None = None
+) -> PreparedWeight | None:
     """Bring a matrix [O, I], or experts' [E, O, I], into the layout that the device's kernels stream, once.
 
     None where the device has no such layout or no kernel for the matrix, which then stays as it is. With
-    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more.
+    `may_overwrite` the result may lie in the memory of `weight`, which is not to be read any more. `num_cores` are
+    those of a TPU, for which matrices without memory can be prepared, too; with 0 XLA computes the same without
+    kernels.
     """
+    if num_cores is not None:
+        module = importlib.import_module("torchinfer.kernels.tpu.packed_weight")
+        packed: PreparedWeight | None = module.prepare(weight, num_cores)
+        return packed
     values = weight if isinstance(weight, Tensor) else weight.values
     module = _preparing_module(values, "packed_weight")
     prepared: PreparedWeight | None = None if module is None else module.prepare(weight, may_overwrite)
@@ -110,9 +133,28 @@ def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
 
 
 def _preparing_module(where: Tensor, name: str) -> Any:
-    """That module of the folder for a tensor's device; None where the folder prepares nothing."""
+    """That module of the folder for a tensor's device; None where the folder prepares nothing by itself."""
     folder = _find_folder(where.device.type)
     return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
+
+
+def kernel_pages(
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_cores: int
+) -> KernelPages | str:
+    """The pages of the TPU's attention kernel for a layer's heads, or why it cannot take them. Needs no TPU."""
+    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout")
+    name = str(dtype).removeprefix("torch.")
+    problem: str | None = layout.head_problem(num_heads, num_kv_heads, name)
+    if problem is not None:
+        return problem
+    return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
+
+
+def load_page_attention() -> None:
+    """Import what computes over caches with `pages`: jax, and the kernel."""
+    load_ports("xla")["attend_and_write"] = importlib.import_module(
+        "torchinfer.kernels.tpu.attention_op"
+    ).attend_and_write
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -183,6 +225,27 @@ def paged_attention(
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
 
 
+def attend_and_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: KVCache,
+    batch: Batch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """`write_kv_pages` of the step's keys and values, then `paged_attention`; one sweep over a cache with `pages`.
+
+    query: [T, H, D]; key, value: [T, K, D]. Returns [T, H, D].
+    """
+    if kv_cache.pages is not None:
+        return _port("attend_and_write", query)(query, key, value, kv_cache, batch, scale, window, soft_cap)
+    write_kv_pages(key, value, kv_cache, batch.slot)
+    return paged_attention(query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap)
+
+
 def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor) -> Tensor:
     """x's rows, sorted by group, each times the transposed weight of its group.
 
@@ -190,6 +253,16 @@ def grouped_matmul(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight,
     Returns [N, O]. Source: arXiv 2211.15841.
     """
     return _port("grouped_matmul", x)(x, weight, group_sizes)
+
+
+def grouped_gated_matmul(
+    x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, group_sizes: Tensor, activation: str
+) -> Tensor:
+    """`gated_activation` of `grouped_matmul`: the first half of experts, in one pass where the device has it.
+
+    x: [N, I]; weight: [E, 2 * F, I] holding gate in its first half. Returns [N, F].
+    """
+    return _port("grouped_gated_matmul", x)(x, weight, group_sizes, activation)
 
 
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -221,3 +294,15 @@ def sample(logits: Tensor, params: SamplingTensors, *, any_filter: bool) -> Tens
     greedy. `any_filter`: some row has top_k, top_p or min_p. Source: arXiv 1904.09751 (top-p), 2407.01082 (min-p).
     """
     return _port("sample", logits)(logits, params, any_filter)
+
+
+def quantize_matrix(weight: Tensor, values: Tensor, scale: Tensor, row_block: int, column_block: int) -> None:
+    """Quantize rows of a matrix by `row_block` outputs and `column_block` inputs that share a scale, in place.
+
+    weight: float [R, I]; values: int8 or float8_e4m3fn [R, I], or uint8 [R, I / 2]; scale: float32
+    [ceil(R / row_block), G]. Values are weight / scale, rounded to nearest (ties to even). The largest number of a
+    block becomes 127 or 448; with 4 bits, where row_block is 1 and column_block divides I, the scale is that of some
+    that gives the least squared error. Blocks of zeros get scale 1. What is not finite makes its scale so, too.
+    Source: kernels/reference/quantize_matrix.py.
+    """
+    _port("quantize_matrix", weight)(weight, values, scale, row_block, column_block)

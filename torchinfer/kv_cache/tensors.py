@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 
 import torch
 
-from torchinfer import spmd
-from torchinfer.batch import KVCache
+from torchinfer import kernels, spmd
+from torchinfer.batch import KernelPages, KVCache
 from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.loader import memory
 from torchinfer.models.config import ModelConfig
 from torchinfer.spmd import STACKED
 
+logger = logging.getLogger(__name__)
+
 MIB = 2**20
+WORDS = 128  # of 32 bits in a row of the kernel's pages
+DEFAULT_PAGE_SIZE = 16  # tokens
 DTYPES = {  # of what EngineConfig.kv_cache_dtype names, auto aside
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -40,8 +46,38 @@ def resolve_cache_dtype(name: str, model_dtype: torch.dtype, device: torch.devic
     return dtype
 
 
-def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers: keys and values, and their scales."""
+def kernel_pages(model: ModelConfig, dtype: torch.dtype, num_cores: int | None) -> KernelPages | None:
+    """The pages of the TPU's attention kernel, for as many cores; None where there is no such kernel, or where it
+    cannot take the model's heads or the dtype, which one line of the log says."""
+    if num_cores is None:
+        return None
+    found = kernels.kernel_pages(model.num_heads, model.num_kv_heads, model.head_dim, dtype, num_cores)
+    if isinstance(found, str):
+        logger.info("attention gathers pages, since the TPU's kernel cannot take them: %s", found)
+        return None
+    return found
+
+
+def resolve_page_size(page_size: int | None, pages: KernelPages | None) -> int:
+    """Tokens of a page: those of the kernel's, else what was asked for.
+
+    Raises:
+        ConfigError: when the kernel has other pages than what was asked for.
+    """
+    if pages is None:
+        return page_size or DEFAULT_PAGE_SIZE
+    if page_size not in (None, pages.num_tokens):
+        raise ConfigError(
+            f"page_size={page_size}: the TPU's attention kernel takes pages of {pages.num_tokens} tokens; use "
+            f"{pages.num_tokens}, or leave it out"
+        )
+    return pages.num_tokens
+
+
+def page_bytes(model: ModelConfig, page_size: int, dtype: torch.dtype, pages: KernelPages | None = None) -> int:
+    """Bytes of one page over all layers: keys and values, their scales, and what pads them in the kernel's pages."""
+    if pages is not None:
+        return model.num_layers * pages.num_rows * WORDS * torch.int32.itemsize
     bytes_per_row = model.head_dim * dtype.itemsize + (torch.float32.itemsize if dtype in SCALED else 0)
     return 2 * model.num_layers * page_size * model.num_kv_heads * bytes_per_row
 
@@ -68,28 +104,48 @@ def plan_num_pages(
     return 1 + min(fits, per_request * max_num_requests)
 
 
+def make_layer(
+    model: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    pages: KernelPages | None,
+    make: Callable[[tuple[int, ...], torch.dtype], torch.Tensor],
+) -> KVCache:
+    """One layer's cache, of tensors that `make` makes of a shape and a dtype."""
+    if pages is not None:
+        kernels.load_page_attention()
+        return KVCache(make((num_pages, pages.num_rows, WORDS), torch.int32), None, pages)
+    shape = (2, num_pages, page_size, model.num_kv_heads)
+    data = make((*shape, model.head_dim), dtype)
+    return KVCache(data, make(shape, torch.float32) if dtype in SCALED else None)
+
+
 def allocate(
-    model: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device, num_chips: int = 1
+    model: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    pages: KernelPages | None = None,
+    num_chips: int = 1,
 ) -> list[KVCache]:
     """One cache a layer, zeros. On several chips `model` is one chip's; a tensor has those of all, STACKED.
 
     Raises:
         DeviceError: when the device has not enough memory, with the arithmetic.
     """
-    shape = (2, num_pages, page_size, model.num_kv_heads)
 
-    def layer() -> KVCache:
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if num_chips > 1:
-            data = spmd.zeros((*shape, model.head_dim), dtype, STACKED, num_chips)
-            return KVCache(data, spmd.zeros(shape, torch.float32, STACKED, num_chips) if dtype in SCALED else None)
+            return spmd.zeros(shape, dtype, STACKED, num_chips)
         # Written now: memory that is only promised would run out in the middle of traffic.
-        data = _empty((*shape, model.head_dim), dtype, device).zero_()
-        return KVCache(data, _empty(shape, torch.float32, device).zero_() if dtype in SCALED else None)
+        return _empty(shape, dtype, device).zero_()
 
     try:
-        return [layer() for _ in range(model.num_layers)]
+        return [make_layer(model, num_pages, page_size, dtype, pages, zeros) for _ in range(model.num_layers)]
     except (DeviceError, torch.OutOfMemoryError, RuntimeError) as error:
-        total = num_pages * page_bytes(model, page_size, dtype)
+        total = num_pages * page_bytes(model, page_size, dtype, pages)
         raise DeviceError(
             f"no memory for a KV cache of {num_pages} pages, {total / MIB:.0f} MiB, on {device}: "
             f"lower kv_cache_memory, max_num_requests or max_model_len"

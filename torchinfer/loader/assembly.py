@@ -99,10 +99,21 @@ class Assembly:
             _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
             self._place(placement.parameter, piece, value)
             return
+        self._pack(placement, placement.matrix, piece, value)
+
+    def _pack(self, placement: Placement, matrix: QuantizedMatrix, piece: Piece, value: Tensor) -> None:
+        """Quantize a piece's numbers: into their place, or for the way to an XLA device."""
+        blocks = {}
+        for tensor, spec in matrix.specs.items():
+            assert spec.row_block is not None, "what belongs to no rows cannot be packed in rows"
+            blocks[tensor] = spec.row_block
+        name = placement.parameter
+        if self._device.type != "xla":
+            places = {tensor: self._destination(f"{name}.{tensor}", piece, block) for tensor, block in blocks.items()}
+            placement.pack(value, places)
+            return
         for tensor, packed in placement.pack(value).items():
-            block = placement.matrix.specs[tensor].row_block
-            assert block is not None, "what belongs to no rows cannot be packed in rows"
-            self._place(f"{placement.parameter}.{tensor}", piece, packed, block)
+            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor])
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
@@ -146,15 +157,16 @@ class Assembly:
     def _tensors_of(self, parameter: str) -> list[str]:
         return self._tensors.get(parameter, [parameter])
 
-    def _place(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1) -> None:
-        """Bring a piece's numbers to their rows of a tensor, which has one for `row_block` rows of the piece."""
+    def _place(self, parameter: str, piece: Piece, value: Tensor) -> None:
+        """Bring a piece's numbers to their place."""
         if self._device.type == "xla":
-            self._send(tensor, piece, value, row_block)
+            self._send(parameter, piece, value)
         else:
-            self._destination(tensor, piece, row_block).copy_(value, non_blocking=True)
+            self._destination(parameter, piece).copy_(value, non_blocking=True)
 
     def _destination(self, tensor: str, piece: Piece, row_block: int = 1) -> Tensor:
-        """The view of the tensor that the piece fills; it is allocated when it is first asked for."""
+        """The view of the tensor that the piece fills; it is allocated when it is first asked for. The tensor has a row
+        for `row_block` rows of the piece."""
         placement = self._placements[piece.entry.name]
         with self._lock:
             if tensor not in self._open:
@@ -177,7 +189,7 @@ class Assembly:
                 "memory, a smaller dtype, or a smaller model"
             ) from error
 
-    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int) -> None:
+    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1) -> None:
         """Keep a piece on the XLA device. It is copied on the host first, because the transfer may read it later."""
         placement = self._placements[piece.entry.name]
         host = value.to(self._dtype_of(tensor), copy=True).contiguous()

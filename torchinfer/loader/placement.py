@@ -51,11 +51,11 @@ class Placement:
             return parameter
         return parameter[self.rows.start // row_block : -(-self.rows.stop // row_block)]
 
-    def pack(self, rows: Tensor) -> dict[str, Tensor]:
-        """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set."""
+    def pack(self, rows: Tensor, into: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set. See `Scheme.pack`."""
         assert self.matrix is not None
         rows = rows if self.columns is None else rows.float() * self.columns.to(rows.device)
-        return self.matrix.scheme.pack(rows)
+        return self.matrix.scheme.pack(rows, into)
 
     @property
     def row_block(self) -> int:

@@ -22,7 +22,7 @@ from torchinfer.loader.plan import Extent, Piece
 from torchinfer.loader.retry import Attempts, PersistentReader, Stopped
 from torchinfer.loader.source import ALIGNMENT, DirectUnsupportedError, FileStat, Source
 from torchinfer.loader.stall import MAX_STALLS, STALL_SECONDS
-from torchinfer.loader.tuning import DirectChoice, ReaderCount
+from torchinfer.loader.tuning import PROBE_READERS, DirectChoice, ReaderCount
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,9 @@ class Readers:
         # Copies out of the page cache want as many readers as processors, no more. And while reads around it are
         # compared with others, as many must share the disk in both; streams over a network do not share much.
         is_comparing = self.direct.choice is None and not self.source.is_network
-        if self._has_waited and not is_comparing:
+        if self._has_waited and is_comparing:
+            self.count.target = max(self.count.target, min(PROBE_READERS, self.count.limit))
+        elif self._has_waited:
             self.count.observe(now, self.num_bytes, self.attempts.num_retries)
         target = self.count.target
         with self._condition:

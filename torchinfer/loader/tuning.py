@@ -11,7 +11,9 @@ logger = logging.getLogger(__name__)
 WINDOW_SECONDS = 0.5
 WORTH = 1.08  # more readers stay when they bring this factor
 CACHED_RATE = 1.5e9  # bytes/s of one reader: a page cache that does not tell what it holds (FUSE), or as good
-PROBE_EXTENTS = 4  # of each kind
+PROBE_EXTENTS = 8  # of each kind
+PROBE_SKIPPED = 4  # of them the first, which ran beside the other kind, or before there were enough readers
+PROBE_READERS = 4  # at least, on a disk: one or two reads through the page cache do not keep it busy
 DIRECT_GAIN = 1.1  # direct reads must be faster by this, because they leave nothing in the page cache for others
 
 
@@ -80,7 +82,7 @@ class DirectChoice:
         if self.choice is not None:
             return
         self._rates[is_direct].append(num_bytes / max(seconds, 1e-9))
-        buffered, direct = (statistics.median(rates) if rates else 0.0 for rates in self._rates.values())
+        buffered, direct = (statistics.median(rates[PROBE_SKIPPED:] or [0.0]) for rates in self._rates.values())
         if len(self._rates[False]) >= PROBE_EXTENTS and buffered >= CACHED_RATE:
             self._decide(False, f"one reader gets {buffered / 1e9:.2f} GB/s, as from the page cache")
         elif len(self._rates[True]) >= PROBE_EXTENTS:

@@ -75,16 +75,20 @@ class Decoder(nn.Module):
         """The head of a model that has no matrix for it: the table of embeddings, or what was prepared from it."""
         return self.embedding.weight if self.prepared_head is None else self.prepared_head
 
-    def prepare(self) -> None:
+    def prepare(self, num_cores: int | None = None, settle: Callable[[nn.Module], None] | None = None) -> None:
         """Bring the matrices into the layout of the device's kernels; their parameters are gone then. Fuse what it can.
 
         One matrix at a time is copied. A table that is also the head is read by rows too, so that its layout is a copy
         that stays: of a model of 0.5 billion parameters with 150,000 tokens a quarter of its memory.
+
+        num_cores: of a TPU, see `kernels.prepare`. `settle` is called after each layer whose matrices may be new.
         """
         for module in self.modules():
-            prepare_matrices(module)
+            prepare_matrices(module, num_cores)
+            if settle is not None and hasattr(module, "MATRICES"):
+                settle(module)
         if self.head is None and self.prepared_head is None:
-            self.prepared_head = kernels.prepare(self.embedding.weight.data)
+            self.prepared_head = kernels.prepare(self.embedding.weight.data, num_cores=num_cores)
         for block in self.layers:
             if isinstance(block, Block):
                 block.fuse()

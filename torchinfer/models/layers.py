@@ -60,8 +60,11 @@ class Linear(Layer):
         return kernels.linear(x, weight, self.bias)
 
 
-def prepare_matrices(layer: nn.Module) -> None:
-    """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there."""
+def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
+    """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there.
+
+    num_cores: of a TPU, see `kernels.prepare`.
+    """
     for name in getattr(layer, "MATRICES", ()):
         matrix = getattr(layer, name)
         is_quantized = isinstance(matrix, QuantizedMatrix)
@@ -69,7 +72,7 @@ def prepare_matrices(layer: nn.Module) -> None:
             continue  # prepared before
         if is_quantized and matrix.scheme.input_bound is not None:
             continue  # its inputs are bounded by the layer, which must know the scheme
-        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True)
+        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True, num_cores=num_cores)
         if prepared is not None:
             delattr(layer, name)  # nn.Module does not let a parameter become anything else
             setattr(layer, name, prepared)
@@ -142,9 +145,8 @@ class Attention(Layer):
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
         query, key = self._rotate(query_key, rope)
-        kernels.write_kv_pages(key, value, kv_cache, batch.slot)
-        attended = kernels.paged_attention(
-            query, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
+        attended = kernels.attend_and_write(
+            query, key, value, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
         )
         return self.output(attended.flatten(1))
 

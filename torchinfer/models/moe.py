@@ -39,7 +39,7 @@ class Experts(Layer):
         """[N, hidden] sorted by expert, [E] int32 -> [N, hidden]; rows past the sum of the sizes become zero."""
         gate_up = self.gate_up() if isinstance(self.gate_up, QuantizedMatrix) else self.gate_up
         down = self.down() if isinstance(self.down, QuantizedMatrix) else self.down
-        inner = kernels.gated_activation(kernels.grouped_matmul(x, gate_up, group_sizes), self.activation)
+        inner = kernels.grouped_gated_matmul(x, gate_up, group_sizes, self.activation)
         return kernels.grouped_matmul(inner, down, group_sizes)
 
 

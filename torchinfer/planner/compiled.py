@@ -20,8 +20,9 @@ from typing import Any
 from torchinfer import aot
 from torchinfer.device import free_memory_bytes
 from torchinfer.errors import ConfigError, DeviceError, TorchinferError
+from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
 from torchinfer.planner.options import PlanOptions
-from torchinfer.planner.planner import Placement, Plan
+from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
 from torchinfer.step_input import StepShape
 from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS, buckets
@@ -49,6 +50,7 @@ class CompiledStep:
     program: aot.Compiled | None
     error: str | None
     seconds: float  # of tracing and compiling
+    moved_bytes: int = 0  # between the chip and its memory
 
     @property
     def cache_bytes(self) -> int:
@@ -78,10 +80,12 @@ class CompiledStep:
 
     @property
     def estimated_seconds(self) -> float:
-        """The compiler's cycles of all operations that it has an estimate for, one after the other."""
+        """The compiler's cycles of all operations that it has an estimate for, and the memory's time for what Pallas
+        kernels read and write, one after the other."""
         assert self.program is not None
+        chip = aot.CHIPS[self.placement.accelerator.name]
         cycles = sum(map(int, _CYCLES.findall(self.program.hlo)))
-        return cycles / aot.CHIPS[self.placement.accelerator.name].clock_hz
+        return cycles / chip.clock_hz + kernel_bytes(self.program.hlo) / chip.hbm_bytes_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes, seconds."""
@@ -106,6 +110,7 @@ class CompiledStep:
             "num_tokens_left": self.num_tokens_left,
             "flops": program.flops,
             "bytes_accessed": program.bytes_accessed,
+            "moved_bytes": self.moved_bytes,
             "needed_bytes": self.needed_bytes,
             "estimated_seconds": self.estimated_seconds,
             "collectives": self.collectives,
@@ -142,12 +147,12 @@ def _check_host() -> None:
 
 
 def _compile_place(plan: Plan, options: PlanOptions, place: Placement) -> Iterator[CompiledStep]:
-    assert place.capacity is not None
+    assert place.capacity is not None and place.footprint is not None
     most = place.capacity.num_requests
     batch = min(most, DEFAULT_BATCH) if options.batch is None else options.batch
     if batch > most:
         raise ConfigError(f"batch={batch} does not fit {place.name}, which holds {most} requests: ask for at most that")
-    width = -(-plan.context // plan.page_size)
+    width = -(-plan.context // place.footprint.page_size)
     requests = buckets(MIN_REQUESTS, batch)[-1]
     for kind, tokens, rows in (("decode", batch, requests), ("prefill", plan.chunk, MIN_REQUESTS)):
         shape = StepShape(buckets(MIN_TOKENS, max(tokens, rows))[-1], rows, width)
@@ -168,13 +173,15 @@ def _compile_step(
         "shape": [shape.num_tokens, shape.num_requests, shape.table_width],
         "cache_dtype": str(plan.cache_dtype).removeprefix("torch."),
         "num_pages": num_pages,
-        "page_size": plan.page_size,
+        "page_size": part.page_size,
+        "num_cores": num_cores(place.accelerator),
     }
     logger.info("compiling %s, %d tokens, %d requests, for %s", kind, shape.num_tokens, shape.num_requests, place.name)
     started = time.monotonic()
     program, error = _try(request, place, options.compile_seconds)
     needed = part.weight_bytes + batch * part.request_bytes(plan.context)
-    return CompiledStep(place, kind, shape, num_pages, needed, program, error, time.monotonic() - started)
+    moved = 0 if program is None else hbm_bytes(program.hlo)
+    return CompiledStep(place, kind, shape, num_pages, needed, program, error, time.monotonic() - started, moved)
 
 
 def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tuple[aot.Compiled | None, str | None]:
@@ -197,6 +204,7 @@ def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tup
             text,
             f"{place.accelerator.name}:{place.topology.name}",
             num_devices=place.topology.num_chips,
+            is_replicated=True,
             donate=donated,
             timeout_seconds=limit_seconds,
         )

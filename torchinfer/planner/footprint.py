@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from torchinfer.kv_cache.tensors import page_bytes
+from torchinfer.batch import KernelPages
+from torchinfer.kv_cache.tensors import kernel_pages, page_bytes, resolve_page_size
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
@@ -49,6 +50,7 @@ class Footprint:
     page_size: int
     page_bytes: int
     cache_itemsize: int
+    pages: KernelPages | None  # in which the TPU's attention kernel holds the cache
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -71,13 +73,21 @@ class Footprint:
         return max(layer, logits)
 
 
-def footprint(source: ModelSource, num_chips: int, cache_dtype: torch.dtype, page_size: int) -> Footprint:
+def footprint(
+    source: ModelSource,
+    num_chips: int,
+    cache_dtype: torch.dtype,
+    page_size: int | None = None,
+    num_cores: int | None = None,  # of a TPU chip; None: another device
+) -> Footprint:
     """Of a model without `partition_problems`.
 
     Raises:
-        ConfigError, UnsupportedModelError: a scheme does not fit the shapes on one chip.
+        ConfigError, UnsupportedModelError: a scheme does not fit the shapes on one chip, or the page size its kernel.
     """
     local = local_config(source.config, num_chips)
+    pages = kernel_pages(local, cache_dtype, num_cores)
+    page_size = resolve_page_size(page_size, pages)
     model = source.build(local)
     embedding = model.embedding.weight.numel() * source.dtype.itemsize
     return Footprint(
@@ -89,8 +99,9 @@ def footprint(source: ModelSource, num_chips: int, cache_dtype: torch.dtype, pag
         embedding_bytes=embedding,
         products=tuple(_products(model, source.dtype)),
         page_size=page_size,
-        page_bytes=page_bytes(local, page_size, cache_dtype),
+        page_bytes=page_bytes(local, page_size, cache_dtype, pages),
         cache_itemsize=cache_dtype.itemsize,
+        pages=pages,
     )
 
 

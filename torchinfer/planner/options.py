@@ -34,7 +34,7 @@ class PlanOptions:
     topology: str | None = None  # None: the smallest that fits
     price: float | None = None  # USD for a chip and hour; None: prices.toml
     max_num_batched_tokens: int = 512
-    page_size: int = 16
+    page_size: int | None = None  # None: the engine's default on each kind of chip
     plot: str | Path | None = None  # SVG file to write
     compile: bool = False  # with the TPU's own compiler
     batch: int | None = None  # requests of the decode step that is compiled; None: 64, or what fits if that is less
@@ -56,7 +56,7 @@ PLAN = FlagSet(
         "that fits)",
         "price": "USD for a chip and hour (default: list prices, with their date in the output)",
         "max_num_batched_tokens": "tokens of a prompt that one step computes",
-        "page_size": "tokens in a page of the KV cache, a power of two",
+        "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
         "plot": "write an SVG: tokens a second and memory against the batch",
         "compile": "compile a decode and a prefill step with the TPU's own compiler, which needs no TPU",
         "batch": "requests of the decode step that is compiled (default: 64, or what fits if that is less)",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from torchinfer import aot
 from torchinfer.errors import ConfigError, TorchinferError, raise_all
-from torchinfer.kv_cache.tensors import SCALED, resolve_cache_dtype
+from torchinfer.kv_cache.tensors import SCALED, kernel_pages, resolve_cache_dtype, resolve_page_size
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import partition_problems
 from torchinfer.planner.accelerators import ACCELERATORS, Accelerator, Topology
@@ -74,7 +75,6 @@ class Plan:
     cache_dtype: torch.dtype
     context: int
     chunk: int
-    page_size: int
     placements: tuple[Placement, ...]
     speeds: tuple[Speed, ...]  # one a kind of chip: of the topology that was asked for, or the smallest that fits
 
@@ -88,10 +88,10 @@ def plan(options: PlanOptions) -> Plan:
         ConfigError: options that cannot be honoured, all at once; or the model fits nothing that was asked for.
     """
     source = read_source(options.model, options.dtype, options.quantization)
-    raise_all(list(_problems(options, source.config)), ConfigError, "cannot plan")
+    cache_dtype = resolve_cache_dtype(options.kv_cache_dtype, source.dtype, HOST)
+    raise_all(list(_problems(options, source.config, cache_dtype)), ConfigError, "cannot plan")
     num_parameters = source.build(source.config).num_parameters()  # also shows what is wrong on any number of chips
     context = options.context or min(DEFAULT_CONTEXT, source.config.context_length)
-    cache_dtype = resolve_cache_dtype(options.kv_cache_dtype, source.dtype, HOST)
     place = _Placer(source, cache_dtype, options.page_size, context, options.max_num_batched_tokens)
     kinds = _kinds(options)
     placements = {kind.name: _placements(kind, options.topology, place) for kind in kinds}
@@ -104,7 +104,6 @@ def plan(options: PlanOptions) -> Plan:
         cache_dtype=cache_dtype,
         context=context,
         chunk=options.max_num_batched_tokens,
-        page_size=options.page_size,
         placements=tuple(each for found in placements.values() for each in found),
         speeds=tuple(_speed(each, place, options.price) for each in chosen),
     )
@@ -116,26 +115,32 @@ class _Placer:
 
     source: ModelSource
     cache_dtype: torch.dtype
-    page_size: int
+    page_size: int | None
     context: int
     chunk: int
-    _parts: dict[int, Footprint | str] = field(default_factory=dict)
+    _parts: dict[tuple[int, int | None], Footprint | str] = field(default_factory=dict)
 
     def __call__(self, accelerator: Accelerator, topology: Topology) -> Placement:
         problems = partition_problems(self.source.config, topology.num_chips)
-        part = None if problems else self._part(topology.num_chips)
+        part = None if problems else self._part(topology.num_chips, num_cores(accelerator))
         if part is None or isinstance(part, str):
             return Placement(accelerator, topology, tuple(problems or [str(part)]))
         return Placement(accelerator, topology, (), part, capacity(part, accelerator, self.context, self.chunk))
 
-    def _part(self, num_chips: int) -> Footprint | str:
+    def _part(self, num_chips: int, num_cores: int | None) -> Footprint | str:
         """One chip's, or why its scheme does not fit the shapes there."""
-        if num_chips not in self._parts:
+        key = (num_chips, num_cores)
+        if key not in self._parts:
             try:
-                self._parts[num_chips] = footprint(self.source, num_chips, self.cache_dtype, self.page_size)
+                self._parts[key] = footprint(self.source, num_chips, self.cache_dtype, self.page_size, num_cores)
             except TorchinferError as error:
-                self._parts[num_chips] = f"divided by {num_chips} chips, {error}"
-        return self._parts[num_chips]
+                self._parts[key] = f"divided by {num_chips} chips, {error}"
+        return self._parts[key]
+
+
+def num_cores(accelerator: Accelerator) -> int | None:
+    """Of a TPU chip, for which there are kernels; None for others."""
+    return aot.CHIPS[accelerator.name].num_cores if accelerator.name in aot.CHIPS else None
 
 
 def smallest(placements: Sequence[Placement]) -> Placement | None:
@@ -164,7 +169,7 @@ def _kinds(options: PlanOptions) -> list[Accelerator]:
     return [kind for kind in kinds if options.topology is None or kind.has(options.topology)]
 
 
-def _problems(options: PlanOptions, config: ModelConfig) -> Iterator[str]:
+def _problems(options: PlanOptions, config: ModelConfig, cache_dtype: torch.dtype) -> Iterator[str]:
     context, price, page_size = options.context, options.price, options.page_size
     if context is not None and not 2 <= context <= config.context_length:
         yield (
@@ -175,14 +180,24 @@ def _problems(options: PlanOptions, config: ModelConfig) -> Iterator[str]:
         yield f"price={price} must be a positive number, USD for a chip and hour"
     if options.max_num_batched_tokens < 1:
         yield f"max_num_batched_tokens={options.max_num_batched_tokens} must be at least 1"
-    if page_size < 1 or page_size & (page_size - 1):
+    if page_size is not None and (page_size < 1 or page_size & (page_size - 1)):
         yield f"page_size={page_size} must be a power of two"
+    else:
+        yield from _page_problems(options, config, cache_dtype)
     if options.batch is not None and options.batch < 1:
         yield f"batch={options.batch} must be at least 1"
     if not options.compile_seconds > 0:
         yield f"compile_seconds={options.compile_seconds} must be positive"
     if options.topology is not None:
         yield from _topology_problems(options, options.topology, config)
+
+
+def _page_problems(options: PlanOptions, config: ModelConfig, cache_dtype: torch.dtype) -> Iterator[str]:
+    cores = next((number for number in map(num_cores, _kinds(options)) if number is not None), None)
+    try:
+        resolve_page_size(options.page_size, kernel_pages(config, cache_dtype, cores))
+    except ConfigError as error:
+        yield str(error)
 
 
 def _topology_problems(options: PlanOptions, topology: str, config: ModelConfig) -> Iterator[str]:

@@ -52,11 +52,12 @@ COMPILED = (
 COMPILED_NOTES = (
     "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
     "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
-    "cache tokens: that fit if the work's part does not grow with the cache. GB moved: by XLA's cost model, and how "
-    "many times weights and cache of the requests that is. ms: the compiler's cycles of the operations that it "
-    "estimates, one after the other: without gathers, kernels, transfers and waiting.",
-    "Where there are no kernels, attention gathers the pages of every token's request (kernels/tpu/paged_attention.py) "
-    "and experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py): formulations for "
+    "cache tokens: that fit if the work's part does not grow with the cache. GB moved: between the chip and its "
+    "memory, counted in the compiled program, and how many times weights and cache of the requests that is; "
+    "attention's kernel counts the pages that rows of full length fetch. ms: the compiler's cycles of the operations "
+    "that it estimates and the memory's time for kernels, one after the other: without gathers, transfers and waiting.",
+    "Experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the "
+    "pages of every token's request where there are no kernels (kernels/tpu/paged_attention.py): formulations for "
     "correctness, which move far more than is needed.",
 )
 LANES = 128  # numbers in a row of a TPU's tile
@@ -69,8 +70,8 @@ def to_text(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> str:
     lines = [
         f"{source.name}: {source.config.architecture}, {plan.num_parameters:,} parameters",
         f"weights {source.scheme}, activations {_name(source.dtype)}, KV cache {_name(plan.cache_dtype)}",
-        f"requests of {plan.context:,} tokens, prompts in steps of {plan.chunk:,}, pages of {plan.page_size}; bytes "
-        "and operations are of each chip",
+        f"requests of {plan.context:,} tokens, prompts in steps of {plan.chunk:,}; bytes and operations are of "
+        "each chip",
         "",
         *columns([PLACES, *map(_place_cells, plan.placements)]),
         *(f"{each.name}: {'; '.join(each.problems)}" for each in plan.placements if each.problems),
@@ -152,8 +153,8 @@ def _compiled_cells(step: CompiledStep) -> tuple[str, ...]:
         f"{program.peak_bytes / step.placement.capacity.memory_bytes:.0%}",
         f"{step.num_tokens_left:,}",
         f"{program.flops / 1e9:,.0f}",
-        f"{program.bytes_accessed / 1e9:,.1f}",
-        f"{program.bytes_accessed / step.needed_bytes:.2f}",
+        f"{step.moved_bytes / 1e9:,.2f}",
+        f"{step.moved_bytes / step.needed_bytes:.2f}",
         f"{1000 * step.estimated_seconds:,.1f}",
         collectives or "none",
         str(step.num_kernels),
@@ -193,7 +194,8 @@ def _chip_notes(plan: Plan) -> Iterator[str]:
         if topology.num_hosts > 1:
             yield f"{place.name}: {topology.num_hosts} hosts, one process on each."
     head_dim = plan.source.config.head_dim
-    tpus = [s.placement.accelerator.name for s in plan.speeds if s.placement.accelerator.name in aot.CHIPS]
+    tpus = [speed.placement for speed in plan.speeds if speed.placement.accelerator.name in aot.CHIPS]
+    tpus = [place.accelerator.name for place in tpus if place.footprint is not None and place.footprint.pages is None]
     if tpus and head_dim % LANES:
         room = -(-head_dim // LANES) * LANES
         yield (
@@ -222,7 +224,6 @@ def to_dict(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> dict[str, Any]
         "kv_cache_has_scales": plan.cache_dtype in SCALED,
         "context": plan.context,
         "max_num_batched_tokens": plan.chunk,
-        "page_size": plan.page_size,
         "placements": [_place_dict(each) for each in plan.placements],
         "speeds": [_speed_dict(each) for each in plan.speeds],
         "compiled": [each.to_dict() for each in compiled],
@@ -247,6 +248,7 @@ def _place_dict(placement: Placement) -> dict[str, Any]:
         "memory_bytes": found.memory_bytes,
         "weight_bytes": found.weight_bytes,
         "activation_bytes": found.activation_bytes,
+        "page_size": part.page_size,
         "kv_bytes_per_token": part.kv_bytes_per_token,
         "cache_bytes": found.cache_bytes,
         "num_tokens": found.num_tokens,

@@ -1,7 +1,9 @@
 """A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory. Run as a
 process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
 
-On several chips it is the one program that SpmdRunner runs on all of them, with the place of each argument.
+One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
+all-reduce behind each row-parallel layer and the embeddings, and logits gathered. The engine's program is for all chips
+(spmd_step.py); this is what is left of it on one.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,15 +21,11 @@ import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xla_model
 from torch import Tensor, nn
 
-from torchinfer import kernels, spmd
-from torchinfer.batch import KVCache
-from torchinfer.kv_cache.tensors import SCALED
-from torchinfer.models.config import ModelConfig
+from torchinfer import kernels
+from torchinfer.kv_cache.tensors import kernel_pages, make_layer
 from torchinfer.models.decoder import Decoder
-from torchinfer.parallel import divide, local_config, tensors_of
+from torchinfer.parallel import connect, local_config
 from torchinfer.planner.source import ModelSource, read_source
-from torchinfer.spmd import REPLICATED, STACKED
-from torchinfer.spmd_step import SpmdStep
 from torchinfer.step_input import StepShape, unpack
 
 MLIR_TYPES = {
@@ -36,12 +34,13 @@ MLIR_TYPES = {
     torch.float32: "f32",
     torch.float8_e4m3fn: "f8E4M3FN",
     torch.int8: "i8",
+    torch.int32: "i32",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """A program with the outputs logits [R, V], hidden [T, H], and each cache tensor, written in place."""
+    """A program with the outputs each cache tensor, written in place, hidden [T, H], and logits [R, V]."""
 
     text: str
     donated: tuple[int, ...]  # the arguments that are caches
@@ -59,6 +58,7 @@ def main() -> None:
         getattr(torch, request["cache_dtype"]),
         request["num_pages"],
         request["page_size"],
+        request["num_cores"],
     )
     (folder / "module.mlir").write_text(traced.text)
     (folder / "traced.json").write_text(json.dumps({"donated": traced.donated}))
@@ -72,39 +72,34 @@ def trace_step(
     cache_dtype: torch.dtype,
     num_pages: int,
     page_size: int,
+    num_cores: int | None,  # that kernels run on; None: without them
 ) -> TracedStep:
-    """Trace the forward pass that the XLA runner compiles for a bucket, on `num_chips` chips.
+    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
 
-    For several chips once in a process, before anything else of torch_xla.
+    For several chips once in a process: torch_xla makes each all-reduce wait for the one before, of other graphs too.
     """
-    kernels.load_ports("xla")
-    if num_chips > 1:
-        spmd.start(num_chips)
     config = local_config(source.config, num_chips)
-    caches = [tensor for _ in config.windows for tensor in _cache(config, num_pages, page_size, cache_dtype, num_chips)]
-    ints = _placeholder((shape.num_forward,), torch.int32, REPLICATED, num_chips)
-    last_ids = _placeholder((shape.num_requests,), torch.int32, REPLICATED, num_chips)
-    if num_chips > 1:
-        logits, hidden, written = _divided(source, num_chips, page_size).forward(ints, last_ids, caches, shape)
-    else:
-        model, written = _filled(source), caches
-        step = unpack(ints, shape, page_size, None).fed(last_ids)
-        size = len(caches) // config.num_layers
-        hidden = model(step.batch, [KVCache(*caches[at : at + size]) for at in range(0, len(caches), size)])
-        logits = model.logits(hidden[step.sample_index])
-    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in caches]
-    text: str = xla_model.get_stablehlo([logits, hidden, *written])
-    return TracedStep(_with_places(text), cache_arguments(text, types))
-
-
-def _with_places(text: str) -> str:
-    """A program whose arguments say where they are, as what takes them first in its body does."""
-    places = dict(re.findall(r'@Sharding\((%arg\d+)\) \{.*?mhlo\.sharding = ("[^"]*")', text))
-    lines = text.splitlines(keepends=True)
-    at = next(index for index, line in enumerate(lines) if "func.func @main(" in line)
-    for argument, place in places.items():
-        lines[at] = re.sub(rf"({argument}: tensor<[^>]*>)", rf"\1 {{mhlo.sharding = {place}}}", lines[at])
-    return "".join(lines)
+    model = source.build(config).eval()
+    kernels.load_ports("xla")
+    _give_dtype(model, source.dtype)
+    model.prepare(num_cores)
+    _fill(model)
+    gather = _connect(model, num_chips)
+    pages = kernel_pages(config, cache_dtype, num_cores)
+    caches = [
+        make_layer(config, num_pages, page_size, cache_dtype, pages, _placeholder) for _ in range(config.num_layers)
+    ]
+    ints = _placeholder((shape.num_forward,), torch.int32)
+    last_ids = _placeholder((shape.num_requests,), torch.int32)
+    step = unpack(ints, shape, page_size, None).fed(last_ids)
+    hidden = model(step.batch, caches)
+    logits = gather(model.logits(hidden[step.sample_index]))
+    tensors = [tensor for cache in caches for tensor in cache.tensors]
+    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # with results of the same type in their order, and copies a cache that is paired with another layer's.
+    text: str = xla_model.get_stablehlo([*tensors, hidden, logits])
+    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
+    return TracedStep(text, cache_arguments(text, types))
 
 
 def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
@@ -116,39 +111,53 @@ def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
     return found
 
 
-def _placeholder(share: tuple[int, ...], dtype: torch.dtype, place: int, num_chips: int) -> Tensor:
-    if num_chips > 1:
-        return spmd.placeholder(share, dtype, place, num_chips)
-    tensor: Tensor = xla_builder.create_placeholder_tensor(share, dtype)
+def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = xla_builder.create_placeholder_tensor(shape, dtype)
     return tensor
 
 
-def _filled(source: ModelSource) -> Decoder:
-    """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
-    model = source.build(source.config).eval()
+def _give_dtype(model: Decoder, dtype: torch.dtype) -> None:
+    """To all parameters, which have no memory."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _placeholder(tuple(parameter.shape), source.dtype, REPLICATED, 1)
+            setattr(module, name, nn.Parameter(parameter.data.to(dtype), requires_grad=False))
+
+
+def _fill(model: Decoder) -> None:
+    """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = _placeholder(tuple(parameter.shape), parameter.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             is_constant = not buffer.is_meta
-            filled = _placeholder(tuple(buffer.shape), buffer.dtype, REPLICATED, 1)
-            setattr(module, name, buffer.to(torch_xla.device()) if is_constant else filled)
-    return model
+            value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
+            setattr(module, name, value)
+        for name in getattr(module, "MATRICES", ()):
+            matrix = getattr(module, name)
+            if not isinstance(matrix, nn.Module | nn.Parameter):  # packed for the TPU's kernel
+                fields = {field: _placeholder(tuple(each.shape), each.dtype) for field, each in matrix.tensors.items()}
+                setattr(module, name, replace(matrix, **fields))
 
 
-def _divided(source: ModelSource, num_chips: int, page_size: int) -> SpmdStep:
-    model = divide(source.build(source.config), num_chips)
-    for name, share in tensors_of(model.local).items():
-        dtype = source.dtype if isinstance(share, nn.Parameter) else share.dtype
-        model.tensors[name] = _placeholder(tuple(share.shape), dtype, model.divisions[name].place, num_chips)
-    return SpmdStep(model, page_size)
+def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
+    """Let modules with parts of a sum add them up over all chips; what gathers the logits."""
+    if num_chips == 1:
+        return lambda logits: logits
+    groups = [list(range(num_chips))]
 
+    def reduce(part: Tensor) -> Tensor:
+        # Not xla_model.all_reduce: this form gives the sum as a value.
+        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", part, 1.0, groups, False)  # type: ignore[attr-defined]
+        return reduced
 
-def _cache(config: ModelConfig, num_pages: int, page_size: int, dtype: torch.dtype, num_chips: int) -> list[Tensor]:
-    shape = (2, num_pages, page_size, config.num_kv_heads)
-    tensors = [_placeholder((*shape, config.head_dim), dtype, STACKED, num_chips)]
-    return [*tensors, _placeholder(shape, torch.float32, STACKED, num_chips)] if dtype in SCALED else tensors
+    def gather(logits: Tensor) -> Tensor:
+        gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
+        return gathered
+
+    model.embedding.first_row = _placeholder((1,), torch.int32)
+    connect(model, reduce)
+    return gather
 
 
 if __name__ == "__main__":

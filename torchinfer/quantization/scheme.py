@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from torchinfer.quantization.pack import pack
+from torchinfer import kernels
 from torchinfer.quantized_weight import QuantizedWeight
 
 # Sums of products of int8 beyond it may overflow int32; weights that come quantized reach -128.
@@ -79,14 +79,19 @@ class Scheme:
             found.append(f"{columns} inputs may overflow int32, which holds {MAX_INT8_COLUMNS} of them: use int8")
         return found
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+    def pack(self, weight: Tensor, into: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         """Quantize rows of a matrix, float [R, I] with R a multiple of row_block (but for the last rows of all).
 
-        Rows of different scales do not influence each other, so it does not matter which rows come together.
+        Rows of different scales do not influence each other, so it does not matter which rows come together. Writes
+        to `into`, the tensors that `tensors` describes, or to new ones; returns them.
         """
         assert not (self.has_zero or self.has_group_index or self.has_input_scale), f"{self.name} is only read"
-        values, scale = pack(weight, self.values, self.row_block, self.column_block or weight.shape[1])
-        return {"values": values, "scale": scale}
+        if into is None:
+            specs = self.tensors(*weight.shape).items()
+            into = {name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device) for name, spec in specs}
+        column_block = self.column_block or weight.shape[1]
+        kernels.quantize_matrix(weight, into["values"], into["scale"], self.row_block, column_block)
+        return into
 
     def weight(self, tensors: dict[str, Tensor | None], columns: int, part_rows: tuple[int, ...]) -> QuantizedWeight:
         """The matrix whose tensors these are, as kernels take it."""

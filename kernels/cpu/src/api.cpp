@@ -72,6 +72,16 @@ bool is_valid(const WriteKv& task) {
            are_slots(task.slot, task.tokens, task.slots);
 }
 
+bool is_valid(const Quantize& task) {
+    const bool has_sizes = task.rows >= 0 && task.columns > 0 && task.stride >= task.columns && task.row_block > 0 &&
+                           task.column_block > 0;
+    if (task.format == kFormatInt4) {
+        return has_sizes && is_dtype(task.dtype) && task.row_block == 1 && task.column_block % 2 == 0 &&
+               task.columns % task.column_block == 0;
+    }
+    return has_sizes && is_dtype(task.dtype) && (task.format == kFormatInt8 || task.format == kFormatFp8);
+}
+
 bool is_matrix(const PackedWeight* weight, int64_t outputs, int64_t inputs) {
     return is_valid(*weight) && weight->num_experts == 1 && weight->outputs == outputs && weight->inputs == inputs;
 }
@@ -126,12 +136,11 @@ API int64_t torchinfer_cpu_packed_bytes(const PackedWeight* weight) {
 }
 
 API int32_t torchinfer_cpu_pack(const PackedWeight* weight, const void* rows, void* values) {
-    if (!is_valid(*weight)) return kBadArgument;
+    if (!is_valid(*weight) || (rows == values && !can_pack_in_place(*weight))) return kBadArgument;
     if (!is_aligned(values, 64)) return kMisaligned;
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
-    pack_values(threads, *weight, static_cast<const uint8_t*>(rows), static_cast<uint8_t*>(values));
-    return kOk;
+    return pack_values(threads, *weight, static_cast<const uint8_t*>(rows), static_cast<uint8_t*>(values));
 }
 
 API int32_t torchinfer_cpu_linear(const PackedWeight* weight, const void* x, void* y, const void* bias,
@@ -195,6 +204,15 @@ API int32_t torchinfer_cpu_write_kv(const WriteKv* task) {
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
     kernels().write_kv(threads, *task);
+    return kOk;
+}
+
+API int32_t torchinfer_cpu_quantize(const Quantize* task) {
+    if (!is_valid(*task)) return kBadArgument;
+    if (!is_aligned(task->x, size_of(task->dtype)) || !is_aligned(task->scale, 4)) return kMisaligned;
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().quantize(threads, *task);
     return kOk;
 }
 

@@ -25,6 +25,7 @@ int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const voi
 int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
 int32_t torchinfer_cpu_sample(const Sample*);
+int32_t torchinfer_cpu_quantize(const Quantize*);
 }
 
 namespace {
@@ -130,6 +131,26 @@ void check_rms_norm() {
     require(std::fabs(squares / 500 - 1) < 1e-4, "rms_norm");
 }
 
+// Rows that lie apart, into bytes by rows and into halves of bytes by groups: within half a step of what they were.
+void check_quantize(int32_t format) {
+    constexpr int64_t kColumns = 160, kStride = 176, kGroup = 32;
+    const bool is_int4 = format == kFormatInt4;
+    const int64_t group = is_int4 ? kGroup : kColumns, groups = kColumns / group;
+    std::vector<float> x(kRows * kStride), scale(static_cast<size_t>(kRows * groups));
+    std::vector<uint8_t> values(static_cast<size_t>(is_int4 ? kRows * kColumns / 2 : kRows * kColumns));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = number(static_cast<uint32_t>(i + 3));
+    const Quantize task = {x.data(), values.data(), scale.data(), kRows, kColumns, kStride, 1, group, kFloat32, format};
+    require(torchinfer_cpu_quantize(&task) == kOk, "status of quantize");
+    for (int64_t i = 0; i < kRows * kColumns; ++i) {
+        const size_t at = static_cast<size_t>(i);
+        const int value = is_int4 ? (values[at / 2] >> (i % 2 * 4) & 15) - 8 : static_cast<int8_t>(values[at]);
+        const float exact = x[static_cast<size_t>(i / kColumns * kStride + i % kColumns)];
+        const float step = scale[static_cast<size_t>(i / group)];
+        // With 4 bits the largest numbers may be cut off, by up to three tenths of 7.5 steps and half of one.
+        require(std::fabs(exact - value * step) <= step * (is_int4 ? 3.75f : 0.501f), "quantize");
+    }
+}
+
 // A step of two rows over a float32 or an int8 cache: one token of a long context, and the last three of a short one.
 struct AttentionStep {
     static constexpr int64_t kHeads = 6, kKvHeads = 2, kSize = 40, kPageSize = 8, kPages = 100, kTokens = 4;
@@ -225,6 +246,8 @@ void check_all() {
     }
     check_rms_norm();
     check_sample();
+    check_quantize(kFormatInt8);
+    check_quantize(kFormatInt4);
     check_attention(false);
     check_attention(true);
 }

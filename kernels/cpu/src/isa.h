@@ -60,6 +60,17 @@ struct WriteKv {
     int32_t dtype, cache_dtype;
 };
 
+// A matrix into fewer bits: `row_block` rows by `column_block` columns share a scale.
+struct Quantize {
+    const void* x;  // [rows, columns]; a row begins `stride` values after the one before
+    void* values;   // [rows, columns] of int8 or e4m3fn, or [rows, columns / 2] of two of 4 bits; contiguous
+    float* scale;   // [blocks of rows, groups of columns]
+    int64_t rows, columns, stride, row_block, column_block;
+    int32_t dtype, format;  // Dtype of x; Format of the values: int8, int4 or fp8
+
+    int64_t num_groups() const { return (columns + column_block - 1) / column_block; }
+};
+
 struct Rotary {
     const void* x;  // [tokens, heads, head_size]; a token begins `stride` values after the one before
     void* y;        // as x, contiguous
@@ -141,6 +152,7 @@ struct Kernels {
     int64_t (*measure_products)(Pool&, int32_t format, int64_t repeats);
     int32_t (*attention)(Pool&, const Attention&);  // returns a Status
     void (*write_kv)(Pool&, const WriteKv&);
+    void (*quantize)(Pool&, const Quantize&);
     void (*rotary)(Pool&, const Rotary&);
     void (*gated_activation)(Pool&, const GatedActivation&);
     int32_t (*attention_layer)(Pool&, const AttentionLayer&);  // returns a Status

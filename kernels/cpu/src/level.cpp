@@ -10,6 +10,7 @@
 #include "layer.h"
 #include "linear.h"
 #include "measure.h"
+#include "quantize.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "sample.h"
@@ -25,6 +26,7 @@ const Kernels table = {
     measure_products,
     attention,
     write_kv,
+    quantize,
     rotary,
     gated_activation,
     attention_layer,

@@ -8,8 +8,8 @@
 namespace torchinfer {
 namespace {
 
-// What stands for zero in the padding.
-uint8_t zero_byte(int32_t format) { return format == kFormatInt8 ? 128 : format == kFormatInt4 ? 0x88 : 0; }
+// What stands for zero in the padding of a row.
+uint8_t zero_byte(int32_t format) { return format == kFormatInt4 ? 0x88 : 0; }
 
 int64_t row_bytes(const PackedWeight& weight) {
     const int64_t inputs = weight.inputs;
@@ -25,44 +25,68 @@ int64_t place(int32_t format, int64_t output) {
     return output / 32 * 64 + lane * 16 + vector * 8 + output % 4 * 2;
 }
 
-// One step of one output: `count` bytes of its row, which may be fewer at its end.
-void put_step(int32_t format, const uint8_t* source, int64_t count, uint8_t* target) {
-    if (format == kFormatInt8) {
-        for (int64_t i = 0; i < 4; ++i) target[i] = i < count ? source[i] ^ 128 : 128;
-    } else if (format == kFormatInt4) {
-        const auto nibble = [&](int64_t k) { return k / 2 < count ? source[k / 2] >> (k % 2 * 4) & 15 : 8; };
-        for (int64_t i = 0; i < 4; ++i) target[i] = static_cast<uint8_t>(nibble(i) | nibble(i + 4) << 4);
-    } else {
-        std::memcpy(target, source, static_cast<size_t>(count));
-    }
+// Four numbers of 4 bits, a byte each.
+uint32_t spread(uint32_t nibbles) {
+    const uint32_t pairs = (nibbles | nibbles << 8) & 0x00ff00ff;
+    return (pairs | pairs << 4) & 0x0f0f0f0f;
+}
+
+// One step of one output, from the bytes of its row.
+template <int32_t kFormat>
+void put_step(const uint8_t* source, uint8_t* target) {
+    constexpr size_t kBytes = kFormat == kFormatFp8 ? 2 : 4;
+    uint32_t word = 0;
+    std::memcpy(&word, source, kBytes);
+    if (kFormat == kFormatInt8) word ^= 0x80808080;
+    if (kFormat == kFormatInt4) word = spread(word & 0xffff) | spread(word >> 16) << 4;
+    std::memcpy(target, &word, kBytes);
 }
 
 // Of every row a cache line or so, then the next rows: what is read and written stays in the first cache.
-void pack_block(const PackedWeight& weight, const uint8_t* rows, int64_t block, uint8_t* target) {
-    const int32_t format = weight.format;
-    const int64_t step_size = format == kFormatFp8 ? 2 : 4, stride = row_bytes(weight);
-    const int64_t num_steps = (stride + step_size - 1) / step_size, steps_at_once = 16;
-    const int64_t num_outputs = std::min(kBlock, weight.outputs - block * kBlock);
-    std::memset(target, zero_byte(format), static_cast<size_t>(block_bytes(weight)));
-    for (int64_t first = 0; first < num_steps; first += steps_at_once) {
-        const int64_t last = std::min(first + steps_at_once, num_steps);
-        for (int64_t output = 0; output < num_outputs; ++output) {
-            const uint8_t* const row = rows + (block * kBlock + output) * stride;
-            uint8_t* const column = target + place(format, output);
-            for (int64_t step = first; step < last; ++step) {
-                const int64_t count = std::min(step_size, stride - step * step_size);
-                put_step(format, row + step * step_size, count, column + step * step_bytes(format));
+template <int32_t kFormat>
+void pack_block(const PackedWeight& weight, const uint8_t* rows, int64_t num_outputs, uint8_t* target) {
+    constexpr int64_t kStepSize = kFormat == kFormatFp8 ? 2 : 4, kStepBytes = step_bytes(kFormat), kStepsAtOnce = 16;
+    const int64_t stride = row_bytes(weight), whole_steps = stride / kStepSize, rest = stride % kStepSize;
+    const int64_t padded_steps = padded_inputs(weight) / step_inputs(kFormat);
+    uint8_t end[4];
+    for (int64_t first = 0; first < padded_steps; first += kStepsAtOnce) {
+        const int64_t last = std::min(first + kStepsAtOnce, padded_steps);
+        for (int64_t output = 0; output < kBlock; ++output) {
+            const uint8_t* const row = rows + output * stride;
+            uint8_t* const column = target + place(kFormat, output);
+            const int64_t whole = output < num_outputs ? std::min(last, whole_steps) : first;
+            __builtin_prefetch(row + last * kStepSize);  // rows are too far apart for the hardware to see it coming
+            int64_t step = first;
+            for (; step < whole; ++step) put_step<kFormat>(row + step * kStepSize, column + step * kStepBytes);
+            for (; step < last; ++step) {
+                std::memset(end, zero_byte(kFormat), sizeof(end));
+                if (output < num_outputs && step == whole_steps) std::memcpy(end, row + step * kStepSize, static_cast<size_t>(rest));
+                put_step<kFormat>(end, column + step * kStepBytes);
             }
         }
     }
 }
 
+using PackBlock = void (*)(const PackedWeight&, const uint8_t* rows, int64_t num_outputs, uint8_t* target);
+constexpr PackBlock kPackBlock[] = {pack_block<kFormatFloat32>, pack_block<kFormatBf16>, pack_block<kFormatInt8>,
+                                    pack_block<kFormatInt4>, pack_block<kFormatFp8>};
+
 }  // namespace
 
-void pack_values(Pool& threads, const PackedWeight& weight, const uint8_t* rows, uint8_t* values) {
-    parallel_for(threads, num_blocks(weight), [&](int64_t block, int) {
-        pack_block(weight, rows, block, values + block * block_bytes(weight));
+bool can_pack_in_place(const PackedWeight& weight) {
+    return weight.outputs % kBlock == 0 && block_bytes(weight) == kBlock * row_bytes(weight);
+}
+
+Status pack_values(Pool& threads, const PackedWeight& weight, const uint8_t* rows, uint8_t* values) {
+    const int64_t size = block_bytes(weight);
+    uint8_t* const scratch = static_cast<uint8_t*>(threads.scratch(size * threads.num_threads()));
+    if (scratch == nullptr) return kNoMemory;
+    parallel_for(threads, num_blocks(weight), [&](int64_t block, int thread) {
+        const int64_t first = block * kBlock, num_outputs = std::min(kBlock, weight.outputs - first);
+        kPackBlock[weight.format](weight, rows + first * row_bytes(weight), num_outputs, scratch + size * thread);
+        std::memcpy(values + block * size, scratch + size * thread, static_cast<size_t>(size));
     });
+    return kOk;
 }
 
 }  // namespace torchinfer

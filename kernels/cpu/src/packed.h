@@ -53,7 +53,9 @@ inline int64_t block_bytes(const PackedWeight& weight) {
 }
 
 // Fills `values` of one expert from rows as torch has them: float32, bf16, int8, e4m3fn [outputs, inputs], or two of
-// 4 bits a byte, the first in the low half, [outputs, inputs / 2].
-void pack_values(Pool& threads, const PackedWeight& weight, const uint8_t* rows, uint8_t* values);
+// 4 bits a byte, the first in the low half, [outputs, inputs / 2]. Both may be the same memory where
+// `can_pack_in_place`: where blocks and the rows in them take as many bytes.
+Status pack_values(Pool& threads, const PackedWeight& weight, const uint8_t* rows, uint8_t* values);
+bool can_pack_in_place(const PackedWeight& weight);
 
 }  // namespace torchinfer

@@ -77,6 +77,7 @@ inline I set(int32_t value) { return {{_mm256_set1_epi32(value), _mm256_set1_epi
 inline I sub(I a, I b) { FOR_BOTH(I, _mm256_sub_epi32(a.v[i], b.v[i])); }
 inline I add(I a, I b) { FOR_BOTH(I, _mm256_add_epi32(a.v[i], b.v[i])); }
 inline I mul(I a, I b) { FOR_BOTH(I, _mm256_mullo_epi32(a.v[i], b.v[i])); }
+inline I min(I a, I b) { FOR_BOTH(I, _mm256_min_epi32(a.v[i], b.v[i])); }
 inline I max(I a, I b) { FOR_BOTH(I, _mm256_max_epi32(a.v[i], b.v[i])); }
 template <int kBits>
 inline I shift_left(I a) {
@@ -100,6 +101,7 @@ inline void store_as_bytes(int8_t* p, I a) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+inline I bits_of(F a) { FOR_BOTH(I, _mm256_castps_si256(a.v[i])); }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) {
     FOR_BOTH(I, _mm256_and_si256(_mm256_castps_si256(a.v[i]), _mm256_set1_epi32(0x7fffffff)));

@@ -80,6 +80,8 @@ inline void store_as_bytes(int8_t* p, I a) {
 }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) { return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))}; }
+inline I bits_of(F a) { return {_mm512_castps_si512(a.v)}; }
+inline I min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
 
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_load_si512(p)}; }

@@ -72,6 +72,7 @@ inline I zero_int() { return set(0); }
 inline I sub(I a, I b) { FOR_ALL(I, vsubq_s32(a.v[i], b.v[i])); }
 inline I add(I a, I b) { FOR_ALL(I, vaddq_s32(a.v[i], b.v[i])); }
 inline I mul(I a, I b) { FOR_ALL(I, vmulq_s32(a.v[i], b.v[i])); }
+inline I min(I a, I b) { FOR_ALL(I, vminq_s32(a.v[i], b.v[i])); }
 inline I max(I a, I b) { FOR_ALL(I, vmaxq_s32(a.v[i], b.v[i])); }
 template <int kBits>
 inline I shift_left(I a) {
@@ -99,6 +100,7 @@ inline void store_as_bytes(int8_t* p, I a) {
     const int16x8_t high = vcombine_s16(vmovn_s32(a.v[2]), vmovn_s32(a.v[3]));
     vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
+inline I bits_of(F a) { FOR_ALL(I, vreinterpretq_s32_f32(a.v[i])); }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) {
     FOR_ALL(I, vandq_s32(vreinterpretq_s32_f32(a.v[i]), vdupq_n_s32(0x7fffffff)));

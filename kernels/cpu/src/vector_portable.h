@@ -88,6 +88,7 @@ inline I set(int32_t value) { FOR_LANES(I, value); }
 inline I sub(I a, I b) { FOR_LANES(I, a.v[i] - b.v[i]); }
 inline I add(I a, I b) { FOR_LANES(I, a.v[i] + b.v[i]); }
 inline I mul(I a, I b) { FOR_LANES(I, a.v[i] * b.v[i]); }
+inline I min(I a, I b) { FOR_LANES(I, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 inline I max(I a, I b) { FOR_LANES(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 template <int kBits>
 inline I shift_left(I a) {
@@ -109,6 +110,7 @@ inline I shift_right(I a) {
 inline void store_as_bytes(int8_t* p, I a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
+inline I bits_of(F a) { FOR_LANES(I, static_cast<int32_t>(scalar_bits(a.v[i]))); }
 // Of the numbers without sign, compared as bits: NaN is above infinity.
 inline I bits_of_magnitude(F a) { FOR_LANES(I, static_cast<int32_t>(scalar_bits(a.v[i]) & 0x7fffffff)); }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cache_rows.h"
-#include "inputs.h"
+#include "divided_rows.h"
 #include "isa.h"
 #include "pool.h"
 
@@ -10,7 +10,6 @@ namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
 constexpr int64_t kWriteItemValues = 16384;
-constexpr float kLeastScale = 1.17549435e-38f;  // the smallest normal number
 
 template <class T>
 inline void put_row(const T* x, T* target, int64_t size, float*) {
@@ -30,31 +29,12 @@ inline float cache_scale(const T* x, int64_t size, float limit) {
 template <class T>
 inline void put_row(const T* x, Int8* target, int64_t size, float* scale) {
     *scale = cache_scale(x, size, 127.0f);
-    const F divisor = set(*scale);
-    for (int64_t d = 0; d < size; d += 16) {
-        const F scaled = div(load_some(x + d, size - d), divisor);
-        int8_t bytes[16];
-        store_as_bytes(bytes, round_to_int(max(min(scaled, set(127.0f)), set(-128.0f))));
-        __builtin_memcpy(target + d, bytes, static_cast<size_t>(size - d < 16 ? size - d : 16));
-    }
-}
-// A number of e4m3fn, times 2^-120, has its bits 20 places further up in a float32.
-inline uint8_t fp8_code(float value) {
-    const uint32_t sign = as_bits(value) >> 24 & 128;
-    if (value != value) return static_cast<uint8_t>(sign | 127);
-    const float cut = value > 448.0f ? 448.0f : value < -448.0f ? -448.0f : value;
-    const float magnitude = as_float(as_bits(rounded_to_fp8(cut)) & 0x7fffffff);
-    return static_cast<uint8_t>(sign | as_bits(magnitude * 0x1p-120f) >> 20);
+    put_divided(x, target, size, *scale);
 }
 template <class T>
 inline void put_row(const T* x, Fp8* target, int64_t size, float* scale) {
     *scale = cache_scale(x, size, 448.0f);
-    const F divisor = set(*scale);
-    for (int64_t d = 0; d < size; d += 16) {
-        float lanes[16];
-        store(lanes, div(load_some(x + d, size - d), divisor));
-        for (int64_t i = 0; i < 16 && d + i < size; ++i) target[d + i].code = fp8_code(lanes[i]);
-    }
+    put_divided(x, target, size, *scale);
 }
 
 template <class T, class Cache>

@@ -1,0 +1,36 @@
+"""Matrix products of row groups in Triton. Blocks of rows find their group on the card: no size comes to the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchinfer.kernels.cuda.launch import DTYPES, with_dense_columns
+from torchinfer.kernels.cuda.matmul import Matrix, as_matrix, is_supported, multiply
+from torchinfer.kernels.reference.grouped_matmul import grouped_matmul as reference
+
+if TYPE_CHECKING:
+    from torchinfer.quantized_weight import QuantizedWeight
+
+
+def grouped_matmul(
+    x: Tensor,  # [N, I], rows sorted by group
+    weight: Tensor | QuantizedWeight,  # [E, O, I]
+    group_sizes: Tensor,  # [E] int32
+) -> Tensor:
+    """See the door. With scales of inputs that differ between merged parts, the reference computes."""
+    sizes = group_sizes.to(torch.int32).contiguous()
+    if isinstance(weight, Tensor):
+        if x.dtype not in DTYPES or weight.dtype != x.dtype or not x.numel():
+            return reference(x, weight, group_sizes)
+        return multiply(with_dense_columns(x), Matrix(weight.contiguous()), sizes)
+    if not is_supported(x, weight) or (weight.input_scale is not None and weight.input_scale.shape[-1] > 1):
+        return reference(x, weight, group_sizes)
+    input_scale = None
+    if weight.input_scale is not None:
+        row = torch.arange(len(x), device=x.device)
+        group = torch.searchsorted(sizes.cumsum(0), row, right=True).clamp(max=len(sizes) - 1)
+        input_scale = weight.input_scale[group, 0]
+    return multiply(with_dense_columns(x), as_matrix(weight), sizes, input_scale)

@@ -1,0 +1,173 @@
+"""The launch of `matmul_kernel`: which matrices it takes, and the sizes of its tiles.
+
+The tiles are a plain rule, made from what the compiler says of registers and shared memory on Hopper and not yet from a
+run on a card: few rows take tiles of all rows and few outputs, so that many programs read the matrix at once; many rows
+take square ones. What no tile fits (groups of inputs that are no power of two) stays with the reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require
+from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
+from torchinfer.kernels.cuda.quantize_rows import quantize_rows
+
+if TYPE_CHECKING:
+    from torchinfer.quantized_weight import QuantizedWeight
+
+ACTIVATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NUM_PROCESSORS = 132  # of an H100 or H200; other cards take the same tiles
+LEAST_GROUP = 32  # inputs that share a scale, of which a step takes at least so many
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Sizes of a program's block, its warps, and the steps that are loaded ahead."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """What the kernel reads of a matrix [O, I] or [E, O, I], quantized or not."""
+
+    values: Tensor  # uint8: two numbers of 4 bits
+    scale: Tensor | None = None  # float32 [.., S, G]
+    zero: Tensor | None = None  # [.., O, G]
+    row_block: int = 1  # outputs that share a scale
+    group: int = 0  # inputs that share a scale; 0: all
+    activations: str = "none"
+
+    @property
+    def is_nibbles(self) -> bool:
+        """Whether a byte holds two numbers."""
+        return self.values.dtype == torch.uint8
+
+    @property
+    def parts(self) -> int:
+        """How many numbers the kernel reads as one: those of 4 bits four at a time, unless a group is too small."""
+        if not self.is_nibbles:
+            return 1
+        return 4 if self.values.shape[-1] % 2 == 0 and (not self.group or self.group >= 64) else 2
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self.values.shape[-1] * (2 if self.is_nibbles else 1)
+
+
+def as_matrix(weight: QuantizedWeight) -> Matrix:
+    """A quantized matrix for `multiply`."""
+    group = 0 if weight.scale.shape[-1] == 1 else weight.column_block
+    zero = None if weight.zero is None else weight.zero.contiguous()
+    return Matrix(weight.values, weight.scale.contiguous(), zero, weight.row_block, group, weight.activations)
+
+
+def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
+    """Whether the kernel multiplies such a matrix; the rest is the reference's."""
+    group = weight.column_block
+    is_whole = weight.scale.shape[-1] == 1
+    is_known = x.dtype in DTYPES and weight.group_index is None and x.numel() > 0
+    is_known = is_known and (weight.values.dtype == torch.uint8 or has_dtype(weight.values.dtype, x.device))
+    is_known = is_known and (is_whole or (group >= LEAST_GROUP and group & (group - 1) == 0))
+    if weight.activations == "none":
+        return is_known
+    is_known = is_known and is_whole and weight.zero is None and weight.row_block == 1
+    return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
+
+
+def choose_tiles(num_rows: int, num_outputs: int, num_groups: int, element_bytes: int, group: int) -> Tiles:
+    """num_rows: of a group; element_bytes: of what is multiplied; group: inputs that share a scale, 0 for all."""
+    rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
+    if rows == 128:
+        inputs = min(128 // element_bytes, group or 128)
+        return Tiles(128, 128, inputs, 8, 3)
+    outputs = 64 if triton.cdiv(num_outputs, 64) * num_groups >= 2 * NUM_PROCESSORS else 32
+    return Tiles(rows, outputs, min(128, group or 128), 4, 3 if rows == 64 else 4)
+
+
+def multiply(
+    x: Tensor,  # [N, I]
+    matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
+    group_sizes: Tensor | None,  # int32 [E]
+    input_scale: Tensor | None = None,  # float32, [1] or [N]: given beforehand, where inputs are rounded
+) -> Tensor:
+    """x's rows times the transposed matrix, or each times its group's: [N, O] in x's dtype.
+
+    Raises:
+        ValueError: tensors do not fit together.
+    """
+    _require_fit(x, matrix, group_sizes)
+    num_rows, num_outputs = len(x), matrix.values.shape[-2]
+    result = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
+    row_scale = None
+    if matrix.activations != "none":
+        x, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    if matrix.is_nibbles:
+        x = x.view(num_rows, -1, matrix.parts).transpose(1, 2).reshape(num_rows, -1)  # all that lie first, then second
+    num_groups = 0 if group_sizes is None else len(group_sizes)
+    rows_of_group = triton.cdiv(num_rows, num_groups or 1)
+    tiles = choose_tiles(rows_of_group, num_outputs, num_groups or 1, x.element_size(), matrix.group)
+    num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
+    matmul_kernel[(num_row_blocks * triton.cdiv(num_outputs, tiles.outputs),)](
+        x=x,
+        row_scale=row_scale,
+        group_sizes=group_sizes,
+        result=result,
+        num_rows=num_rows,
+        num_row_blocks=num_row_blocks,
+        stride=x.stride(0),
+        NUM_GROUPS=num_groups,
+        BLOCK_GROUPS=triton.next_power_of_2(num_groups + 1),
+        HAS_ROW_SCALE=row_scale is not None,
+        SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
+        **_of_matrix(matrix, tiles),
+    )
+    return result
+
+
+def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
+    """Arguments of the launch that follow from the matrix and its tiles."""
+    num_inputs = matrix.num_inputs
+    return {
+        "values": matrix.values.view(torch.int16) if matrix.parts == 4 else matrix.values,
+        "scale": matrix.scale,
+        "zero": matrix.zero,
+        "num_outputs": matrix.values.shape[-2],
+        "num_inputs": num_inputs,
+        "num_scale_rows": 1 if matrix.scale is None else matrix.scale.shape[-2],
+        "num_columns": 1 if matrix.scale is None else matrix.scale.shape[-1],
+        "ROW_BLOCK": matrix.row_block,
+        "COLUMN_BLOCK": matrix.group,
+        "BLOCK_ROWS": tiles.rows,
+        "BLOCK_OUTPUTS": tiles.outputs,
+        "BLOCK_INPUTS": tiles.inputs,
+        "HAS_SCALE": matrix.scale is not None,
+        "HAS_ZERO": matrix.zero is not None,
+        "PARTS": matrix.parts,
+        "IS_EVEN": num_inputs % tiles.inputs == 0,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def _require_fit(x: Tensor, matrix: Matrix, group_sizes: Tensor | None) -> None:
+    values = matrix.values
+    rule = f"a product takes x [N, {matrix.num_inputs}], dense rows, and a contiguous [O, I], or groups' [E, O, I]"
+    is_fit = x.ndim == 2 and x.shape[1] == matrix.num_inputs and x.stride(1) == 1 and x.device == values.device
+    is_fit = is_fit and values.is_contiguous() and values.ndim == (2 if group_sizes is None else 3)
+    require(is_fit, rule, x, values)
+    if group_sizes is not None:
+        is_fit = group_sizes.shape == values.shape[:1] and group_sizes.dtype == torch.int32
+        require(is_fit, "groups have a size [E] int32 each", group_sizes, values)

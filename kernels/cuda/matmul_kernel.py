@@ -1,0 +1,169 @@
+"""Products with matrices in fewer bits, one matrix or a group's of many, from rows in their own dtype or in 8 bits.
+
+    element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
+
+Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
+inputs multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte
+are two products: of even inputs with low halves, of odd ones with high halves.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SWIZZLE: tl.constexpr = tl.constexpr(8)  # blocks of rows that go through the outputs together, for the second cache
+
+
+@triton.jit
+def group_of(
+    block: tl.tensor,
+    group_sizes: tl.tensor,  # [E] int32
+    num_rows: tl.tensor,
+    NUM_GROUPS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,  # above NUM_GROUPS
+    BLOCK_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The group of a block of rows, and its rows from the block's first on; rows past the sum are group NUM_GROUPS.
+
+    A block that is beyond all rows gets start = end.
+    """
+    index = tl.arange(0, BLOCK_GROUPS)
+    sizes = tl.load(group_sizes + index, mask=index < NUM_GROUPS, other=0)
+    sizes = tl.where(index == NUM_GROUPS, num_rows - tl.sum(sizes, 0), sizes)
+    blocks = (sizes + BLOCK_ROWS - 1) // BLOCK_ROWS
+    group = tl.sum((tl.cumsum(blocks, 0) <= block).to(tl.int32), 0)
+    first_row = tl.sum(tl.where(index < group, sizes, 0), 0)
+    first_block = tl.sum(tl.where(index < group, blocks, 0), 0)
+    end = first_row + tl.sum(tl.where(index == group, sizes, 0), 0)
+    return group, tl.minimum(first_row + (block - first_block) * BLOCK_ROWS, end), end
+
+
+@triton.jit
+def nibble(packed: tl.tensor, part: tl.constexpr, zero: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """The numbers [K, O] at place `part` of int16 [K, O], less their zeros [1, O] int16.
+
+    Behind the bits of 128 in bfloat16, or of 1024 in float16, four bits are whole numbers: no conversion is needed.
+    """
+    bits = (packed >> (4 * part)) & 15
+    if DTYPE == tl.bfloat16:
+        numbers = (bits | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)
+    elif DTYPE == tl.float16:
+        numbers = (bits | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
+    else:
+        numbers = (bits - zero).to(DTYPE)
+    return numbers
+
+
+@triton.jit
+def multiply_add(a: tl.tensor, b: tl.tensor, total: tl.tensor, SUM: tl.constexpr) -> tl.tensor:
+    """total + a b."""
+    if a.dtype.is_fp8():
+        # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
+        total = tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
+    return total
+
+
+@triton.jit
+def matmul_kernel(
+    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; even, then odd inputs for nibbles
+    values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES
+    scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
+    zero: tl.tensor,  # [E, O, G], where HAS_ZERO
+    row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
+    group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
+    result: tl.tensor,  # [N, O]
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    num_scale_rows: tl.tensor,  # S
+    num_columns: tl.tensor,  # G
+    num_row_blocks: tl.tensor,
+    stride: tl.tensor,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,  # 0: G is 1
+    NUM_GROUPS: tl.constexpr,  # 0: one matrix for all rows
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,  # numbers of 4 bits in one of `values`, else 1
+    IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
+    SUM: tl.constexpr,  # dtype of the sums
+) -> None:
+    """A program computes BLOCK_ROWS x BLOCK_OUTPUTS results."""
+    in_swizzle = SWIZZLE * tl.cdiv(num_outputs, BLOCK_OUTPUTS)
+    first_block = tl.program_id(0) // in_swizzle * SWIZZLE
+    height = tl.minimum(num_row_blocks - first_block, SWIZZLE)
+    block = first_block + tl.program_id(0) % in_swizzle % height
+    output = tl.program_id(0) % in_swizzle // height * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    group, start, end = tl.cast(0, tl.int32), block * BLOCK_ROWS, num_rows
+    if NUM_GROUPS > 0:
+        group, start, end = group_of(block, group_sizes, num_rows, NUM_GROUPS, BLOCK_GROUPS, BLOCK_ROWS)
+        if start >= end:
+            return
+    row = start + tl.arange(0, BLOCK_ROWS)
+    is_row, is_output = row < end, output < num_outputs
+    target = result + row[:, None].to(tl.int64) * num_outputs + output[None, :]
+    if NUM_GROUPS > 0:
+        if group == NUM_GROUPS:
+            nothing = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), result.dtype.element_ty)
+            tl.store(target, nothing, mask=is_row[:, None] & is_output[None, :])
+            return
+    PACKED: tl.constexpr = BLOCK_INPUTS // PARTS
+    packed = tl.arange(0, PACKED)
+    # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
+    place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
+    numbers = values + place[None, :] * (num_inputs // PARTS) + packed[:, None]
+    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :]
+    scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
+    for first in range(0, num_inputs, BLOCK_INPUTS):
+        is_input = first // PARTS + packed < num_inputs // PARTS
+        if IS_EVEN:
+            b = tl.load(numbers)
+        else:
+            b = tl.load(numbers, mask=is_input[:, None], other=0.0)
+        column = first // COLUMN_BLOCK if COLUMN_BLOCK > 0 else 0
+        if HAS_ZERO:
+            offset = tl.load(zero + place * num_columns + column).to(tl.int16)[None, :]
+        else:
+            offset = tl.full((1, 1), 8 if PARTS > 1 else 0, tl.int16)
+        if PARTS > 1 or COLUMN_BLOCK > 0:
+            product = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+            for part in tl.static_range(PARTS):
+                if IS_EVEN:
+                    a = tl.load(inputs + part * (num_inputs // PARTS))
+                else:
+                    a = tl.load(inputs + part * (num_inputs // PARTS), mask=is_input[None, :], other=0.0)
+                if PARTS > 1:
+                    c = nibble(b.to(tl.int16), part, offset, a.dtype)
+                elif HAS_ZERO:
+                    c = (b.to(tl.int16) - offset).to(a.dtype)
+                else:
+                    c = b.to(a.dtype)
+                product = tl.dot(a, c, product, input_precision="ieee")
+            if COLUMN_BLOCK > 0:
+                product *= tl.load(scale + scale_place * num_columns + column)[None, :]
+            total += product
+        else:
+            if IS_EVEN:
+                a = tl.load(inputs)
+            else:
+                a = tl.load(inputs, mask=is_input[None, :], other=0.0)
+            if HAS_ZERO:
+                b = (b.to(tl.int16) - offset).to(a.dtype)
+            total = multiply_add(a, b.to(a.dtype), total, SUM)
+        inputs += PACKED
+        numbers += PACKED
+    product = total.to(tl.float32)
+    if HAS_ROW_SCALE:
+        product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
+    if HAS_SCALE and COLUMN_BLOCK == 0:
+        product *= tl.load(scale + scale_place)[None, :]
+    tl.store(target, product.to(result.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])

@@ -1,0 +1,73 @@
+"""The CUDA kernels by Triton's own compiler, for cards that are not there: that they fit, and what a round of a loop
+takes. A multiprocessor issues four instructions a cycle, one for each of four warps: so many bytes it can take in."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "cuda_kernels.py"
+H100_BYTES_PER_CYCLE = 3.35e12 / 132 / 1.755e9  # of a multiprocessor, from memory
+
+
+def compiled(capability: str, cases: str, folder: Path) -> list[dict[str, Any]]:
+    """In a process of its own: in this one Triton interprets."""
+    command = [sys.executable, str(BENCHMARK), "--compile", capability, "--cases", cases]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert len(results) >= len(cases.split(","))
+    return results
+
+
+@pytest.fixture(scope="module")
+def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    cases = "decode bf16 head 128,decode int8 head 128,decode fp8 head 128,prefill,linear,grouped,glue"
+    return compiled("9.0", cases, tmp_path_factory.mktemp("triton"))
+
+
+def test_every_kernel_fits_a_hopper_without_spilling(on_hopper: list[dict[str, Any]]) -> None:
+    names = {"decode_kernel", "merge_kernel", "chunk_kernel", "matmul_kernel", "quantize_rows_kernel", "write_kernel"}
+    names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel"}
+    assert {found["name"] for found in on_hopper} == names
+    for found in on_hopper:
+        assert found["stack_bytes"] == 0 and found["registers"] <= 255, found
+        assert found["shared_bytes"] <= 113 << 10, found  # so that two blocks fit into a multiprocessor
+
+
+def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> None:
+    for found in on_hopper:
+        has_loop = found["name"] in ("decode_kernel", "chunk_kernel", "matmul_kernel")
+        assert (found["tensor_instructions"] > 0) == has_loop, found
+
+
+@pytest.mark.parametrize(
+    ("case", "num_bytes"),
+    [
+        ("attention decode bf16", 2 * 64 * 128 * 2),
+        ("linear int8 8b-gate_up 1 rows", 64 * 128),
+        ("linear fp8 8b-gate_up 1 rows", 64 * 128),
+        ("grouped bf16 8x28672x4096 16 rows", 2 * 64 * 128),
+    ],
+)
+def test_a_round_takes_fewer_cycles_to_issue_than_its_bytes_take_from_memory(
+    on_hopper: list[dict[str, Any]], case: str, num_bytes: int
+) -> None:
+    (found,) = (f for f in on_hopper if f["case"].startswith(case) and f["tensor_instructions"])
+    assert 0 < found["loop_instructions"] <= num_bytes / H100_BYTES_PER_CYCLE
+
+
+def test_kernels_fit_an_ada_and_an_ampere(tmp_path: Path) -> None:
+    ada = compiled("8.9", "decode fp8 head 128,linear fp8_w8a8 8b-gate_up 4096", tmp_path)
+    ampere = compiled("8.0", "decode int8 head 128,linear int4 8b-gate_up 1 rows,prefill bf16", tmp_path)
+    for found in ada + ampere:
+        assert found["stack_bytes"] == 0 and found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found
