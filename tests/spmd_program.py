@@ -35,11 +35,11 @@ def main() -> None:
 
 def run(model: str, is_warm: bool, **options: Any) -> dict[str, Any]:
     rng = random.Random(0)
-    prompts = [[rng.randrange(3, 160) for _ in range(rng.randint(1, 40))] for _ in range(5)]
-    params = [SamplingParams(max_tokens=12, temperature=0, ignore_eos=True) for _ in prompts]
+    prompts = [[rng.randrange(3, 160) for _ in range(rng.randint(1, 40))] for _ in range(3)]
+    params = [SamplingParams(max_tokens=8, temperature=0, ignore_eos=True) for _ in prompts]
     if is_warm:
-        params[0] = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.9, seed=1, repetition_penalty=1.2)
-        params[1] = SamplingParams(max_tokens=12, temperature=0, logprobs=2, prompt_logprobs=1)
+        params[0] = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, seed=1, repetition_penalty=1.2)
+        params[1] = SamplingParams(max_tokens=8, temperature=0, logprobs=2, prompt_logprobs=1)
     with LLM(model, **COMMON | options) as llm:
         before = llm.stats().num_compilations
         outputs = llm.generate(prompts, params)
