@@ -9,12 +9,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
+from torchinfer import aot
 from torchinfer.testing import TINY, save_random_checkpoint
 from torchinfer.writer.quantize import quantize_checkpoint
 
@@ -93,6 +95,29 @@ def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once
         assert aliases is not None and aliases.group(1).count("may-alias") == 6, text[:500]
     others = [found for text in texts if text not in steps for found in re.findall(COLLECTIVES, text)]
     assert set(others) <= {"all-gather"}, "sampling works on what every chip has; the head gathers its logits"
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+@pytest.mark.parametrize("num_cores", [0, 1])
+def test_the_tpu_compiler_takes_the_program_of_all_chips(tmp_path: Path, num_cores: int) -> None:
+    """For v5e 2x2, without the attention kernel and with it on each chip's own pages."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = Path(__file__).parents[1] / "benchmarks" / "configs" / "llama-3-8b.json"
+    raw = json.loads(config.read_text()) | sizes | {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    command = [sys.executable, str(PROGRAM.with_name("spmd_trace.py")), str(tmp_path / "config.json"), "4"]
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    done = subprocess.run(
+        [*command, str(num_cores), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    traced = json.loads(done.stdout.splitlines()[-1])
+    text = (tmp_path / "module.mlir").read_text()
+    program = aot.compile_hlo(text, "v5e:2x2", num_devices=4, donate=tuple(traced["donated"]))
+    assert Counter(re.findall(COLLECTIVES, program.hlo)) == {"all-reduce": 5, "all-gather": 1}
+    assert program.hlo.count('custom_call_target="tpu_custom_call"') == 2 * num_cores
+    assert traced["cache_bytes"] <= program.alias_bytes < 1.2 * traced["cache_bytes"]
 
 
 def test_more_chips_than_there_are_and_chips_after_one_are_refused(tmp_path: Path) -> None:
