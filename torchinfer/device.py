@@ -70,7 +70,8 @@ def tensor_cores(device: torch.device) -> int | None:
         return None
     import torch_xla.core.xla_model as xla_model
 
-    return TENSOR_CORES.get(xla_model.xla_device_kind(device))
+    kind = spmd.ask_chip().kind if spmd.is_started() else xla_model.xla_device_kind(device)
+    return TENSOR_CORES.get(kind)
 
 
 def bound_cpu_caches() -> None:
@@ -102,12 +103,18 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now; of several chips on the one that has least."""
+def free_memory_bytes(device: torch.device, used_bytes: int = 0) -> int:
+    """Bytes that are free on the device now. `used_bytes`: what the caller has on each of several TPUs, which cannot be
+    asked for it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU":
-        return spmd.free_bytes()
+        if spmd.is_started():
+            return spmd.ask_chip().memory_bytes - used_bytes
+        import torch_xla.core.xla_model as xla_model
+
+        memory = xla_model.get_memory_info(device)
+        return int(memory["bytes_limit"]) - int(memory["bytes_used"])
     return _free_host_bytes() // (spmd.num_own_chips() if device.type == "xla" else 1)
 
 

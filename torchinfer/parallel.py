@@ -134,6 +134,13 @@ class DividedModel:
             name: _division(name, self, tensors[name], share) for name, share in tensors_of(self.local).items()
         }
 
+    @property
+    def share_bytes(self) -> int:
+        """What a chip has of `tensors`."""
+        places = {name: division.place for name, division in self.divisions.items()}
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in self.tensors.items()}
+        return sum(size if places[name] == REPLICATED else size // self.num_chips for name, size in sizes.items())
+
 
 def divide(whole: Decoder, num_chips: int) -> DividedModel:
     """Divide a model without `partition_problems`, whose matrices are held in their schemes already.

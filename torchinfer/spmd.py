@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,13 @@ from torch import Tensor
 
 from torchinfer.errors import DeviceError
 
+_QUESTION = """
+import torch_xla
+import torch_xla.core.xla_model as xla_model
+device = torch_xla.device()
+print(xla_model.xla_device_kind(device))
+print(xla_model.get_memory_info(device)["bytes_limit"])
+"""
 REPLICATED = -1  # in place of a dimension: every chip has all of the tensor
 STACKED = 0  # the dimension of tensors of which each chip has one of its own, whatever is in it
 
@@ -36,6 +46,8 @@ def start(num_chips: int) -> None:
 
     if os.environ["PJRT_DEVICE"] == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(num_chips))
+    elif not runtime.is_spmd():
+        ask_chip()
     if not runtime.is_spmd() and _xlac()._xla_get_spmd_config_is_locked():
         raise DeviceError(
             f"tensor_parallel_size={num_chips}, but this process has used XLA on one chip, which cannot be changed: "
@@ -73,12 +85,28 @@ def own_chips() -> list[int]:
     return [int(name.rpartition(":")[2]) for name in _xlac()._xla_get_runtime_devices()]
 
 
-def free_bytes() -> int:
-    """Memory that is free on the chip of this process that has least; of TPUs only."""
-    import torch_xla.core.xla_model as xla_model
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a TPU says of itself."""
 
-    found = [xla_model.get_memory_info(name) for name in _xlac()._xla_get_runtime_devices()]
-    return min(int(memory["bytes_limit"]) - int(memory["bytes_used"]) for memory in found)
+    kind: str  # such as TPU v5 lite
+    memory_bytes: int  # that programs can have
+
+
+@functools.cache
+def ask_chip() -> Chip:
+    """Ask a TPU of this host, before XLA starts here: in a process of its own, because torch_xla 2.9 has no answers where
+    programs are for several chips.
+
+    Raises:
+        DeviceError: the process failed, with its last words.
+    """
+    done = subprocess.run([sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False)
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DeviceError(f"the TPU does not say what it is: {words}; look whether another process has it")
+    kind, memory_bytes = done.stdout.splitlines()[-2:]
+    return Chip(kind, int(memory_bytes))
 
 
 def put(share: Callable[[int], Tensor], dim: int, num_chips: int) -> Tensor:

@@ -71,7 +71,8 @@ def start_engine(config: EngineConfig) -> Engine:
     tokenizer = load_tokenizer(config.model)
     model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
     bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
-    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, max_model_len)
+    free = free_memory_bytes(device, model.share_bytes if isinstance(model, DividedModel) else 0)
+    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
     logger.info(
         "KV cache: %d pages of %d tokens, %s, %.1f MiB",
         num_pages,
@@ -221,10 +222,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _resolve_num_pages(
-    config: EngineConfig, page_size: int, bytes_per_page: int, device: torch.device, max_model_len: int
+    config: EngineConfig, page_size: int, bytes_per_page: int, device: torch.device, free: int, max_model_len: int
 ) -> int:
     memory = config.kv_cache_memory
-    free = free_memory_bytes(device)
     share = DEFAULT_CACHE_SHARE[device.type] if memory is None else memory
     budget = int(share * free) if share <= 1 else int(share)
     if budget > free:
