@@ -95,8 +95,8 @@ class Chip:
 
 @functools.cache
 def ask_chip() -> Chip:
-    """Ask a TPU of this host, before XLA starts here: in a process of its own, because torch_xla 2.9 has no answers where
-    programs are for several chips.
+    """Ask a TPU of this host, before XLA starts here: in a process of its own, because torch_xla 2.9 has no answers
+    where programs are for several chips.
 
     Raises:
         DeviceError: the process failed, with its last words.
