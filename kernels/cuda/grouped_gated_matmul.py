@@ -1,4 +1,4 @@
-"""The first half of experts on CUDA: two kernels."""
+"""The first half of experts in Triton: products with gate and up and the activation, in one launch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from torchinfer.kernels.cuda.gated_activation import gated_activation
-from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
+from torchinfer.kernels.cuda.grouped_matmul import can_group, multiply_groups
+from torchinfer.kernels.reference.grouped_gated_matmul import grouped_gated_matmul as reference
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
@@ -20,4 +20,6 @@ def grouped_gated_matmul(
     activation: str,
 ) -> Tensor:  # [N, F]
     """See the door."""
-    return gated_activation(grouped_matmul(x, weight, group_sizes), activation)
+    if not can_group(x, weight):
+        return reference(x, weight, group_sizes, activation)
+    return multiply_groups(x, weight, group_sizes, activation)

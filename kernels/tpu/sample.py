@@ -1,4 +1,4 @@
-"""Tokens drawn from logits on XLA: by the kernel on a TPU, else by the reference, with its sort."""
+"""Tokens drawn from logits on XLA: by the kernel on a TPU of one chip, else by the reference, with its sort."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchinfer import spmd
 from torchinfer.batch import SamplingTensors
 from torchinfer.device import tensor_cores
 from torchinfer.kernels.reference.sample import sample as reference
@@ -25,7 +26,7 @@ def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
 
 @torch.library.custom_op("torchinfer::sample_tokens", mutates_args=(), device_types="xla")
 def _op(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    if tensor_cores(logits.device) is None:
+    if spmd.is_started() or tensor_cores(logits.device) is None:  # XLA does not divide kernels among chips
         return reference(logits, SamplingTensors(temperature, top_k, top_p, min_p, uniform), any_filter=True)
     import torch_xla.core.xla_builder as xla_builder
 
