@@ -108,12 +108,13 @@ def _(
     return torch.empty((x.shape[0], num_outputs), dtype=getattr(torch, result_dtype), device=x.device)
 
 
-@functools.lru_cache
+# Nothing is forgotten: torch_xla knows a function by its id.
+@functools.cache
 def _kernel(config: MatmulConfig, has: tuple[bool, ...], shapes: Shapes) -> Any:
     return export_for_tpu(functools.partial(_with_optional, config, has, True), shapes)
 
 
-@functools.lru_cache
+@functools.cache
 def _formulation(config: MatmulConfig, has: tuple[bool, ...]) -> Any:
     return functools.partial(_with_optional, config, has, False)
 

@@ -54,7 +54,7 @@ def _(logits: Tensor, *params: Tensor) -> Tensor:
     return torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
 
 
-@functools.lru_cache
+@functools.cache  # torch_xla knows a function by its id
 def _kernel(shapes: Shapes) -> Any:
     from torchinfer.kernels.tpu.exported import export_for_tpu
     from torchinfer.kernels.tpu.sample_kernel import sample_tokens
