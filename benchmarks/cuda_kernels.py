@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchinfer.batch import Batch, KVCache
+from torchinfer.batch import Batch, KVCache, SamplingTensors
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
 
@@ -202,6 +202,7 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             from torchinfer.kernels.cuda.gated_activation import gated_activation
             from torchinfer.kernels.cuda.rms_norm import rms_norm
             from torchinfer.kernels.cuda.rotary_embedding import rotary_embedding
+            from torchinfer.kernels.cuda.sample import sample
             from torchinfer.kernels.cuda.write_kv_pages import write_kv_pages
 
             x, angles = torch.ones(rows, size, device=device).bfloat16(), torch.ones(rows, 8, device=device)
@@ -210,17 +211,20 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             kv_cache = KVCache(
                 torch.zeros(shape, dtype=torch.int8, device=device), torch.zeros(shape[:-1], device=device)
             )
+            reals = torch.full((rows,), 0.9, device=device)
+            params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
             calls: dict[str, Callable[[], object]] = {
                 "rms_norm": lambda: rms_norm(x, x[0], 1e-6, 0.0),
                 "rotary_embedding": lambda: rotary_embedding(heads, angles, angles, False),
                 "gated_activation": lambda: gated_activation(x, "silu"),
+                "sample": lambda: sample(x.float(), params, True),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),
             }
             return calls[name]
 
         return make_on
 
-    for name in ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages"):
+    for name in ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages", "sample"):
         yield Case(f"glue {name} {rows} x {size}", make(name), 4 * rows * size, 0, "bf16")
 
 
@@ -236,10 +240,8 @@ def compile_cases(cases: list[Case], capability: str) -> list[dict[str, Any]]:
             case.make("meta")()
             for kernel in compiled[known:]:
                 results.append({"case": case.name, **asdict(kernel)})
-                print(
-                    f"{case.name:52s} {kernel.name:23s} {kernel.registers:4d} registers, {kernel.stack_bytes:3d} B stack, "
-                    f"{kernel.shared_bytes:6d} B shared, {kernel.loop_instructions:4d} instructions in the longest loop"
-                )
+                needs = f"{kernel.registers} registers, {kernel.stack_bytes} B stack, {kernel.shared_bytes} B shared"
+                print(f"{case.name:48s} {kernel.name:23s} {needs}, {kernel.loop_instructions} in the longest loop")
     return results
 
 

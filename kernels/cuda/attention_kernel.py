@@ -17,6 +17,7 @@ import triton.language as tl
 
 LEAST_SPAN: tl.constexpr = tl.constexpr(512)  # positions; shorter ones would write results that are read again
 MOST_SPANS: tl.constexpr = tl.constexpr(64)
+HIGH: tl.constexpr = tl.constexpr(16384.0)  # of probabilities in float16, which ends at 65504
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -38,12 +39,29 @@ def span_of(
 
 
 @triton.jit
+def unpack(pairs: tl.tensor, DTYPE: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """int16 blocks that hold two int8, or two e4m3, as float16: the lower and the higher ones; e4m3 by 2^-8 of itself.
+
+    An integer with its sign turned over, behind the bits of 1024, is 1152 more than itself.
+    """
+    if DTYPE == tl.int8:
+        shift = tl.full((1, 1), 1152, tl.float16)
+        low = ((pairs & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - shift
+        high = (((pairs >> 8) & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True) - shift
+    else:
+        low = (((pairs << 7) & 0x3F80) | ((pairs << 8) & -0x8000)).to(tl.float16, bitcast=True)
+        high = (((pairs >> 1) & 0x3F80) | (pairs & -0x8000)).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
 def attend(
     query: tl.tensor,  # [M, D]
     position: tl.tensor,  # [M]
     largest: tl.tensor,  # [M] float32: of the scores so far, times log2(e)
     total: tl.tensor,  # [M] float32: of the weights so far
-    result: tl.tensor,  # [M, D] float32: the weighted values so far
+    result: tl.tensor,  # [M, D] float32: the weighted values so far; of even columns where IS_PAIRED
+    second: tl.tensor,  # [M, D / 2] float32: of odd columns where IS_PAIRED, else not used
     pages: tl.tensor,  # the row's
     data: tl.tensor,  # [2, slots, K, D]
     scales: tl.tensor,  # [2, slots, K]
@@ -64,14 +82,22 @@ def attend(
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
     IS_MASKED: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Go on over the keys [start, end); without IS_MASKED all of them are seen, and they are whole tiles."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Go on over the keys [start, end); without IS_MASKED all of them are seen, and they are whole tiles.
+
+    IS_PAIRED: two values in 8 bits are read as one number of 16, and are float16 after few instructions. The largest
+    scale of a tile is taken out of the probabilities, and HIGH put in, so that they stay in float16's range.
+    """
     column = tl.arange(0, BLOCK_SIZE)
     for first in range(start, end, BLOCK_KEYS):
         key = first + tl.arange(0, BLOCK_KEYS)
         is_there = key < end
-        page = tl.load(pages + key // PAGE_SIZE, mask=is_there, other=0).to(tl.int64)
+        if PAGE_SIZE % BLOCK_KEYS == 0:
+            page = tl.load(pages + first // PAGE_SIZE).to(tl.int64)
+        else:
+            page = tl.load(pages + key // PAGE_SIZE, mask=is_there, other=0).to(tl.int64)
         place = (page * PAGE_SIZE + key % PAGE_SIZE) * KV_HEADS + kv_head
         # Zeros past the context, not only masked scores: nobody knows what lies there, and zero times NaN is NaN.
         mask = is_there[None, :] & (column < SIZE)[:, None] if SIZE < BLOCK_SIZE else is_there[None, :]
@@ -93,13 +119,26 @@ def attend(
         shrink = tl.exp2(largest - origin)
         total = total * shrink + tl.sum(weights, 1)
         largest = new_largest
-        if HAS_SCALE:
-            weights *= tl.load(scales + half + place, mask=is_there, other=0.0)[None, :]
-        mask = is_there[:, None] & (column < SIZE)[None, :] if SIZE < BLOCK_SIZE else is_there[:, None]
-        values = tl.load(data + (half + place)[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
-        product = tl.dot(weights.to(VALUE), values.to(VALUE), input_precision="ieee")
-        result = result * shrink[:, None] + product
-    return largest, total, result
+        if IS_PAIRED:
+            value_scale = tl.load(scales + half + place, mask=is_there, other=0.0)
+            most = tl.maximum(tl.max(value_scale, 0), 1e-30) / HIGH
+            pair = tl.arange(0, BLOCK_SIZE // 2)
+            mask = is_there[:, None] & (pair < SIZE // 2)[None, :] if SIZE < BLOCK_SIZE else is_there[:, None]
+            pairs = data.to(tl.pointer_type(tl.int16)) + (half + place)[:, None] * (SIZE // 2) + pair[None, :]
+            low, high = unpack(tl.load(pairs, mask=mask, other=0), data.dtype.element_ty)
+            weights = (weights * (value_scale / most)[None, :]).to(tl.float16)
+            if data.dtype.element_ty == tl.float8e4nv:
+                most *= 256.0
+            result = result * shrink[:, None] + tl.dot(weights, low) * most
+            second = second * shrink[:, None] + tl.dot(weights, high) * most
+        else:
+            if HAS_SCALE:
+                weights *= tl.load(scales + half + place, mask=is_there, other=0.0)[None, :]
+            mask = is_there[:, None] & (column < SIZE)[None, :] if SIZE < BLOCK_SIZE else is_there[:, None]
+            values = tl.load(data + (half + place)[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
+            product = tl.dot(weights.to(VALUE), values.to(VALUE), input_precision="ieee")
+            result = result * shrink[:, None] + product
+    return largest, total, result, second
 
 
 @triton.jit
@@ -133,6 +172,7 @@ def decode_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_PAIRED: tl.constexpr,
 ) -> None:
     """A program attends to a span of a row, for BLOCK_HEADS heads. Rows without exactly one token are passed over."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -153,26 +193,29 @@ def decode_kernel(
     position = tl.full((BLOCK_ROWS,), 0, tl.int32) + length - 1
     largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    result = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), tl.float32)
+    result = tl.zeros((BLOCK_ROWS, BLOCK_SIZE // 2 if IS_PAIRED else BLOCK_SIZE), tl.float32)
+    second = result if IS_PAIRED else total
     start = first + span * size
     end = tl.minimum(start + size, length)
     pages = page_table + row.to(tl.int64) * table_width
     half = num_slots.to(tl.int64) * KV_HEADS
     middle = start if HAS_WINDOW else start + (end - start) // BLOCK_KEYS * BLOCK_KEYS
     if not HAS_WINDOW:
-        largest, total, result = attend(
-            own, position, largest, total, result, pages, data, scales, half, kv_head, start, middle,
+        largest, total, result, second = attend(
+            own, position, largest, total, result, second, pages, data, scales, half, kv_head, start, middle,
             score_scale, soft_cap, window, KV_HEADS, SIZE, PAGE_SIZE, BLOCK_SIZE, BLOCK_KEYS,
-            KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, False,
+            KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, IS_PAIRED, False,
         )  # fmt: skip
-    largest, total, result = attend(
-        own, position, largest, total, result, pages, data, scales, half, kv_head, middle, end,
+    largest, total, result, second = attend(
+        own, position, largest, total, result, second, pages, data, scales, half, kv_head, middle, end,
         score_scale, soft_cap, window, KV_HEADS, SIZE, PAGE_SIZE, BLOCK_SIZE, BLOCK_KEYS,
-        KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, True,
+        KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, IS_PAIRED, True,
     )  # fmt: skip
     place = (row.to(tl.int64) * HEADS + head) * num_spans + span
     tl.store(statistics + place * 2, largest, mask=is_head)
     tl.store(statistics + place * 2 + 1, total, mask=is_head)
+    if IS_PAIRED:
+        result = tl.reshape(tl.join(result, second), (BLOCK_ROWS, BLOCK_SIZE))
     tl.store(partial + place[:, None] * SIZE + column[None, :], result, mask=mask)
 
 
@@ -237,7 +280,7 @@ def chunk_kernel(
     page_table: tl.tensor,  # [R, W]
     query_start: tl.tensor,  # [R + 1]
     kv_length: tl.tensor,  # [R]
-    result: tl.tensor,  # [T, H, D], written
+    attended: tl.tensor,  # [T, H, D], written
     num_rows: tl.tensor,
     num_slots: tl.tensor,
     stride_token: tl.tensor,
@@ -288,22 +331,22 @@ def chunk_kernel(
     end = tl.minimum(first_position + BLOCK_TOKENS, length)
     largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    values = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), tl.float32)
+    result = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), tl.float32)
     pages = page_table + row.to(tl.int64) * table_width
     half = num_slots.to(tl.int64) * KV_HEADS
     if HAS_WINDOW:
         middle = tl.maximum(first_position - window + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     else:
         middle = (first_position + 1) // BLOCK_KEYS * BLOCK_KEYS
-        largest, total, values = attend(
-            own, position, largest, total, values, pages, data, scales, half, kv_head, 0, middle,
+        largest, total, result, _ = attend(
+            own, position, largest, total, result, total, pages, data, scales, half, kv_head, 0, middle,
             score_scale, soft_cap, window, KV_HEADS, SIZE, PAGE_SIZE, BLOCK_SIZE, BLOCK_KEYS,
-            KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, False,
+            KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, False, False,
         )  # fmt: skip
-    largest, total, values = attend(
-        own, position, largest, total, values, pages, data, scales, half, kv_head, middle, end,
+    largest, total, result, _ = attend(
+        own, position, largest, total, result, total, pages, data, scales, half, kv_head, middle, end,
         score_scale, soft_cap, window, KV_HEADS, SIZE, PAGE_SIZE, BLOCK_SIZE, BLOCK_KEYS,
-        KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, True,
+        KEY, VALUE, HAS_SCALE, HAS_CAP, HAS_WINDOW, False, True,
     )  # fmt: skip
     offset = ((place * HEADS + head) * SIZE)[:, None] + column[None, :]
-    tl.store(result + offset, (values / total[:, None]).to(result.dtype.element_ty), mask=mask)
+    tl.store(attended + offset, (result / total[:, None]).to(attended.dtype.element_ty), mask=mask)

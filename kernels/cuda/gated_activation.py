@@ -47,15 +47,22 @@ def gated_activation_kernel(
     is_there = column < size
     gate = tl.load(gate_up + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + size + column, mask=is_there, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        active = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        active = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        tl.static_assert(ACTIVATION == "gelu_tanh")
-        active = 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+    active = activate(gate, ACTIVATION)
     product = active.to(result.dtype.element_ty).to(tl.float32) * up
     tl.store(result + row * size + column, product.to(result.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def activate(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
+    """One of the three activations of float32."""
+    if ACTIVATION == "silu":
+        active = x * tl.sigmoid(x)
+    elif ACTIVATION == "gelu":
+        active = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        active = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    return active
 
 
 @triton.jit

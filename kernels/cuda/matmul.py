@@ -102,15 +102,17 @@ def multiply(
     matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
     group_sizes: Tensor | None,  # int32 [E]
     input_scale: Tensor | None = None,  # float32, [1] or [N]: given beforehand, where inputs are rounded
+    activation: str = "none",  # silu, gelu, gelu_tanh: of the first half of the outputs, times the second
 ) -> Tensor:
-    """x's rows times the transposed matrix, or each times its group's: [N, O] in x's dtype.
+    """x's rows times the transposed matrix, or each times its group's: [N, O], or [N, O / 2], in x's dtype.
 
     Raises:
         ValueError: tensors do not fit together.
     """
     _require_fit(x, matrix, group_sizes)
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
-    result = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
+    num_results = num_outputs if activation == "none" else num_outputs // 2
+    result = torch.empty(num_rows, num_results, dtype=x.dtype, device=x.device)
     row_scale = None
     if matrix.activations != "none":
         x, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
@@ -120,7 +122,8 @@ def multiply(
     rows_of_group = triton.cdiv(num_rows, num_groups or 1)
     tiles = choose_tiles(rows_of_group, num_outputs, num_groups or 1, x.element_size(), matrix.group)
     num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
-    matmul_kernel[(num_row_blocks * triton.cdiv(num_outputs, tiles.outputs),)](
+    num_blocks = triton.cdiv(num_results, tiles.outputs * num_results // num_outputs)
+    matmul_kernel[(num_row_blocks * num_blocks,)](
         x=x,
         row_scale=row_scale,
         group_sizes=group_sizes,
@@ -131,6 +134,7 @@ def multiply(
         NUM_GROUPS=num_groups,
         BLOCK_GROUPS=triton.next_power_of_2(num_groups + 1),
         HAS_ROW_SCALE=row_scale is not None,
+        ACTIVATION=activation,
         SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
         **_of_matrix(matrix, tiles),
     )

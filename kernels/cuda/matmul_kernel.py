@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from torchinfer.kernels.cuda.gated_activation import activate
+
 SWIZZLE: tl.constexpr = tl.constexpr(8)  # blocks of rows that go through the outputs together, for the second cache
 
 
@@ -74,7 +76,7 @@ def matmul_kernel(
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
     row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
     group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
-    result: tl.tensor,  # [N, O]
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION
     num_rows: tl.tensor,
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
@@ -95,25 +97,32 @@ def matmul_kernel(
     PARTS: tl.constexpr,  # numbers of 4 bits in one of `values`, else 1
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
     SUM: tl.constexpr,  # dtype of the sums
+    ACTIVATION: tl.constexpr,  # of the first half of the outputs, which then multiplies the second; or none
 ) -> None:
-    """A program computes BLOCK_ROWS x BLOCK_OUTPUTS results."""
-    in_swizzle = SWIZZLE * tl.cdiv(num_outputs, BLOCK_OUTPUTS)
+    """A program computes BLOCK_ROWS x BLOCK_OUTPUTS products. With ACTIVATION half of them are outputs of the gate and
+    half the same ones of up, and two become one result."""
+    WIDTH: tl.constexpr = BLOCK_OUTPUTS // (2 if ACTIVATION != "none" else 1)  # results of a block
+    num_results = num_outputs // (2 if ACTIVATION != "none" else 1)
+    in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
     first_block = tl.program_id(0) // in_swizzle * SWIZZLE
     height = tl.minimum(num_row_blocks - first_block, SWIZZLE)
     block = first_block + tl.program_id(0) % in_swizzle % height
-    output = tl.program_id(0) % in_swizzle // height * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    first_result = tl.program_id(0) % in_swizzle // height * WIDTH
+    in_block = tl.arange(0, BLOCK_OUTPUTS)
+    output = first_result + in_block % WIDTH + in_block // WIDTH * num_results
     group, start, end = tl.cast(0, tl.int32), block * BLOCK_ROWS, num_rows
     if NUM_GROUPS > 0:
         group, start, end = group_of(block, group_sizes, num_rows, NUM_GROUPS, BLOCK_GROUPS, BLOCK_ROWS)
         if start >= end:
             return
     row = start + tl.arange(0, BLOCK_ROWS)
-    is_row, is_output = row < end, output < num_outputs
-    target = result + row[:, None].to(tl.int64) * num_outputs + output[None, :]
+    is_row, is_output = row < end, first_result + in_block % WIDTH < num_results
+    column_of_result = first_result + tl.arange(0, WIDTH)
+    is_result = is_row[:, None] & (column_of_result < num_results)[None, :]
+    target = result + row[:, None].to(tl.int64) * num_results + column_of_result[None, :]
     if NUM_GROUPS > 0:
         if group == NUM_GROUPS:
-            nothing = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), result.dtype.element_ty)
-            tl.store(target, nothing, mask=is_row[:, None] & is_output[None, :])
+            tl.store(target, tl.zeros((BLOCK_ROWS, WIDTH), result.dtype.element_ty), mask=is_result)
             return
     PACKED: tl.constexpr = BLOCK_INPUTS // PARTS
     packed = tl.arange(0, PACKED)
@@ -166,4 +175,9 @@ def matmul_kernel(
         product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
     if HAS_SCALE and COLUMN_BLOCK == 0:
         product *= tl.load(scale + scale_place)[None, :]
-    tl.store(target, product.to(result.dtype.element_ty), mask=is_row[:, None] & is_output[None, :])
+    if ACTIVATION != "none":
+        halves = tl.permute(tl.reshape(product.to(result.dtype.element_ty), (BLOCK_ROWS, 2, WIDTH)), (0, 2, 1))
+        gate, up = tl.split(halves)
+        active = activate(gate.to(tl.float32), ACTIVATION).to(result.dtype.element_ty)
+        product = active.to(tl.float32) * up.to(tl.float32)
+    tl.store(target, product.to(result.dtype.element_ty), mask=is_result)

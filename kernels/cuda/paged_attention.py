@@ -98,7 +98,7 @@ def _decode(
     num_kv_heads = kv_cache.data.shape[3]
     block_heads = min(num_heads // num_kv_heads, 64)
     block_rows = max(16, triton.next_power_of_2(block_heads))
-    tiles = {"BLOCK_SIZE": max(16, triton.next_power_of_2(size)), "BLOCK_KEYS": 64 if size <= 128 else 32}
+    tiles = {"BLOCK_SIZE": max(32, triton.next_power_of_2(size)), "BLOCK_KEYS": 64 if size <= 128 else 32}
     seen = min(launch.max_length, numbers["window"] + tiles["BLOCK_KEYS"] if numbers["window"] else launch.max_length)
     num_spans = min(-(-seen // LEAST_SPAN.value), MOST_SPANS.value)
     partial = query.new_empty((launch.num_rows, num_heads, num_spans, size), dtype=torch.float32)
@@ -118,8 +118,9 @@ def _decode(
         **tiles,
         **numbers,
         **_dots(query.dtype, kv_cache.data.dtype),
-        num_warps=4,
-        num_stages=3,
+        IS_PAIRED=kv_cache.scale is not None and query.dtype != torch.float32 and size % 2 == 0,
+        num_warps=2 if block_rows == 16 else 4,
+        num_stages=5 if kv_cache.data.itemsize < 4 else 3,
     )
     merge_kernel[(launch.num_rows, num_heads)](
         partial,
@@ -150,7 +151,7 @@ def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Te
     chunk_kernel[grid](
         query,
         **_cache_and_rows(kv_cache, batch),
-        result=result,
+        attended=result,
         num_rows=num_rows,
         stride_token=query.stride(0),
         stride_head=query.stride(1),
@@ -158,7 +159,7 @@ def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Te
         BLOCK_TOKENS=block_tokens,
         BLOCK_HEADS=block_heads,
         BLOCK_ROWS=block_rows,
-        BLOCK_SIZE=max(16, triton.next_power_of_2(size)),
+        BLOCK_SIZE=max(32, triton.next_power_of_2(size)),
         BLOCK_KEYS=64 if size <= 128 else 32,
         **numbers,
         **_dots(query.dtype, kv_cache.data.dtype),
@@ -187,8 +188,9 @@ def _cache_and_rows(kv_cache: KVCache, batch: Batch) -> dict[str, Any]:
 
 def _dots(query: torch.dtype, cache: torch.dtype) -> dict[str, Any]:
     """What is multiplied as what. 8 bits are exact in any; probabilities times scales may be too small for float16."""
-    key = value = torch.promote_types(query, cache) if cache in DTYPES else query
-    if cache not in DTYPES and query == torch.float16:
+    is_plain = cache in DTYPES
+    key = value = torch.promote_types(query, cache) if is_plain else query
+    if not is_plain and query == torch.float16:
         value = torch.bfloat16
     return {"KEY": TRITON_DTYPES[key], "VALUE": TRITON_DTYPES[value]}
 

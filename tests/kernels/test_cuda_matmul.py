@@ -11,9 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from torchinfer.kernels.cuda import matmul
+from torchinfer.kernels.cuda.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.reference.dequantize import dequantize
+from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.quantization import SCHEMES
@@ -147,6 +149,22 @@ def test_each_group_may_have_a_scale_of_inputs(gpu: str, name: str) -> None:
     sizes, x = SIZES[0], make_input(23, 128)
     actual = grouped_matmul(x.to(gpu), moved(weight, gpu), torch.tensor(sizes, dtype=torch.int32, device=gpu)).cpu()
     assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact(rows, weight.expert(group))))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4", "int8_w8a8"])
+def test_gated_groups_equal_float64(gpu: str, name: str, activation: str) -> None:
+    sizes, x = SIZES[0], make_input(23, 128)
+    group_sizes = torch.tensor(sizes, dtype=torch.int32, device=gpu)
+    if name == "bfloat16":
+        plain = (make_input(4 * 74, 128, torch.float32) / 8).view(4, 74, 128).bfloat16()
+        actual = grouped_gated_matmul(x.to(gpu), plain.to(gpu), group_sizes, activation).cpu()
+        products = by_group(x, sizes, 74, lambda rows, group: rows.double() @ plain[group].double().T)
+    else:
+        weight = experts([make_weight(name, 74, 128, seed) for seed in range(4)])
+        actual = grouped_gated_matmul(x.to(gpu), moved(weight, gpu), group_sizes, activation).cpu()
+        products = by_group(x, sizes, 74, lambda rows, group: exact(rows, weight.expert(group)))
+    assert_close(actual, gated_activation(products, activation))
 
 
 def test_many_rows_of_few_groups(gpu: str) -> None:

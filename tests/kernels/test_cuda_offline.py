@@ -1,5 +1,7 @@
 """The CUDA kernels by Triton's own compiler, for cards that are not there: that they fit, and what a round of a loop
-takes. A multiprocessor issues four instructions a cycle, one for each of four warps: so many bytes it can take in."""
+takes. A multiprocessor issues four instructions a cycle: a round of a block of four warps, or two of two warps, takes
+at least as many cycles as it has instructions, and must not take more than its bytes need to come from memory.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,12 @@ def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return compiled("9.0", cases, tmp_path_factory.mktemp("triton"))
 
 
-def test_every_kernel_fits_a_hopper_without_spilling(on_hopper: list[dict[str, Any]]) -> None:
+def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[dict[str, Any]]) -> None:
     names = {"decode_kernel", "merge_kernel", "chunk_kernel", "matmul_kernel", "quantize_rows_kernel", "write_kernel"}
     names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel"}
     assert {found["name"] for found in on_hopper} == names
     for found in on_hopper:
-        assert found["stack_bytes"] == 0 and found["registers"] <= 255, found
+        assert found["stack_bytes"] <= 8 and found["registers"] <= 255, found  # two registers, so that more blocks fit
         assert found["shared_bytes"] <= 113 << 10, found  # so that two blocks fit into a multiprocessor
 
 
@@ -53,7 +55,9 @@ def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> 
 @pytest.mark.parametrize(
     ("case", "num_bytes"),
     [
-        ("attention decode bf16", 2 * 64 * 128 * 2),
+        ("attention decode bf16", 2 * 64 * (2 * 128 * 2)),  # a round of two warps: two issue at a time
+        ("attention decode int8", 2 * 64 * (2 * 128 + 8)),
+        ("attention decode fp8", 2 * 64 * (2 * 128 + 8)),
         ("linear int8 8b-gate_up 1 rows", 64 * 128),
         ("linear fp8 8b-gate_up 1 rows", 64 * 128),
         ("grouped bf16 8x28672x4096 16 rows", 2 * 64 * 128),
@@ -70,4 +74,4 @@ def test_kernels_fit_an_ada_and_an_ampere(tmp_path: Path) -> None:
     ada = compiled("8.9", "decode fp8 head 128,linear fp8_w8a8 8b-gate_up 4096", tmp_path)
     ampere = compiled("8.0", "decode int8 head 128,linear int4 8b-gate_up 1 rows,prefill bf16", tmp_path)
     for found in ada + ampere:
-        assert found["stack_bytes"] == 0 and found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found
+        assert found["stack_bytes"] <= 8 and found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found

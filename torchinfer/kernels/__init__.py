@@ -34,11 +34,11 @@ PORTS: dict[str, tuple[str, ...]] = {
     "write_kv_pages": ("cpu", "tpu", "cuda"),
     "paged_attention": ("cpu", "tpu", "cuda"),
     "grouped_matmul": ("cpu", "tpu", "cuda"),
-    "grouped_gated_matmul": ("cpu", "tpu"),
+    "grouped_gated_matmul": ("cpu", "tpu", "cuda"),
     "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu",),
+    "sample": ("cpu", "tpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
