@@ -95,6 +95,7 @@ def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once
         assert gathered == ("f32", "8,160")
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
         assert aliases is not None and aliases.group(1).count("may-alias") == 6, text[:500]
+        assert not re.search(r" = s8\[2,33,16,1,16\]\S* (?:copy|transpose)\(", text), "a cache is copied"
     others = [found for text in texts if text not in steps for found in re.findall(COLLECTIVES, text)]
     assert set(others) <= {"all-gather"}, "sampling works on what every chip has; the head gathers its logits"
 
