@@ -60,7 +60,6 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
     plain = save(tmp_path / "int4", "llama-biases", vocab_size=163, **WIDE)
     quantize_checkpoint(plain, tmp_path / "published", "int4_g32")
     cases: list[tuple[str, dict[str, Any]]] = [
-        (plain, {"quantization": "int4_g32"}),
         (str(tmp_path / "published"), {}),
         (save(tmp_path / "int8", "llama-tied", vocab_size=163, **WIDE), {"quantization": "int8"}),
         (
