@@ -52,7 +52,7 @@ def main() -> None:
     state = [tensor for layer in layers for tensor in layer.tensors]
     ints, last_ids = (place((size,), torch.int32, REPLICATED) for size in (SHAPE.num_forward, SHAPE.num_requests))
     with torch.no_grad():
-        logits, hidden, after = SpmdStep(model, page_size, pages).forward(ints, last_ids, state, SHAPE)
+        after, hidden, logits = SpmdStep(model, page_size, pages).forward(ints, last_ids, state, SHAPE)
     text = with_places(xla_model.get_stablehlo([*after, hidden, logits]))
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in state]
     (folder / "module.mlir").write_text(text)

@@ -78,6 +78,8 @@ def compile_module(module: bytes, topology: str, num_devices: int, num_replicas:
         use_spmd_partitioning=num_devices > num_replicas,
     )
     options.executable_build_options.use_shardy_partitioner = False  # torch_xla writes GSPMD's shardings
+    # As torch_xla has it: results stay where they were computed, not a copy on every chip.
+    options.executable_build_options.allow_spmd_sharding_propagation_to_output = [True]
     device_list = xla_client.DeviceList(tuple(devices))
     return devices[0].client.compile(module, executable_devices=device_list, compile_options=options)
 

@@ -44,15 +44,15 @@ def start(num_chips: int) -> None:
     """
     import torch_xla.runtime as runtime
 
-    if os.environ["PJRT_DEVICE"] == "CPU":
-        os.environ.setdefault("CPU_NUM_DEVICES", str(num_chips))
-    elif not runtime.is_spmd():
-        ask_chip()
     if not runtime.is_spmd() and _xlac()._xla_get_spmd_config_is_locked():
         raise DeviceError(
             f"tensor_parallel_size={num_chips}, but this process has used XLA on one chip, which cannot be changed: "
             "start the engine in a process of its own"
         )
+    if os.environ["PJRT_DEVICE"] == "CPU":
+        os.environ.setdefault("CPU_NUM_DEVICES", str(num_chips))
+    elif not runtime.is_spmd():
+        ask_chip()
     found = int(runtime.global_runtime_device_count())
     if len(own_chips()) != found:
         raise DeviceError(

@@ -46,17 +46,22 @@ class SpmdRunner(XlaRunner):
 
     def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
         ints = self._send(packed[: shape.num_forward])
-        logits, hidden, self._state = self._forward_state(ints, self._last_ids, self._state, shape)
+        self._state, hidden, logits = self._forward_state(ints, self._last_ids, self._state, shape)
         return logits, hidden
 
     def _forward_state_eager(
         self, ints: Tensor, last_ids: Tensor, state: list[Tensor], shape: StepShape
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         mark_as_donated(state)
         return self._step.forward(ints, last_ids, state, shape)
 
     def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._step.head(hidden, rows)
+
+    def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
+        """As each chip sees it, because XLA cannot divide a kernel."""
+        own = (self._step.everywhere(each) for each in (logits, top_k, reals))
+        return self._step.from_all(super()._sample_eager(*own))
 
 
 def _renewing(function: Callable[..., R]) -> Callable[..., R]:

@@ -37,30 +37,35 @@ class SpmdStep:
 
     def forward(
         self, ints: Tensor, last_ids: Tensor, state: list[Tensor], shape: StepShape
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Logits [R, V], hidden states [T, H], and the state afterwards, in the same memory where it is donated."""
-        step = unpack(self._everywhere(ints), shape, self._page_size, None).fed(self._everywhere(last_ids))
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The state afterwards, in the same memory where it is donated, hidden states [T, H], and logits [R, V].
+
+        In this order, because XLA pairs what is donated with results of the same type as they come.
+        """
+        step = unpack(self.everywhere(ints), shape, self._page_size, None).fed(self.everywhere(last_ids))
         num_written = len(state) - len(self._counters)
         written = [spmd.to_local(tensor, STACKED, self._num_chips) for tensor in state[:num_written]]
-        counted = [self._everywhere(tensor) for tensor in state[num_written:]]
+        counted = [self.everywhere(tensor) for tensor in state[num_written:]]
         tensors = self._shares() | dict(zip(self._counters, counted, strict=True))
         size = num_written // self._num_layers
         layers = [written[at : at + size] for at in range(0, num_written, size)]
         caches = [KVCache(layer[0], layer[1] if size > 1 else None, self._pages) for layer in layers]
         logits, hidden = functional_call(self._model, _of_model(tensors), (step, caches))
         after = [spmd.to_global(tensor, STACKED, self._num_chips) for tensor in written]
-        after += [self._from_all(tensor) for tensor in counted]
-        return self._whole(logits), self._from_all(hidden), after
+        after += [self.from_all(tensor) for tensor in counted]
+        return after, self.from_all(hidden), self._whole(logits)
 
     def head(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Logits of some rows of hidden states."""
-        chosen = self._everywhere(hidden)[self._everywhere(rows)]
+        chosen = self.everywhere(hidden)[self.everywhere(rows)]
         return self._whole(functional_call(self._model_head, _of_model(self._shares()), (chosen,)))
 
-    def _everywhere(self, tensor: Tensor) -> Tensor:
+    def everywhere(self, tensor: Tensor) -> Tensor:
+        """In a program: a chip's copy of what all have."""
         return spmd.to_local(tensor, REPLICATED, self._num_chips)
 
-    def _from_all(self, tensor: Tensor) -> Tensor:
+    def from_all(self, tensor: Tensor) -> Tensor:
+        """What all chips have alike, as what goes out of a program."""
         return spmd.to_global(tensor, REPLICATED, self._num_chips)
 
     def _whole(self, logits: Tensor) -> Tensor:
