@@ -50,7 +50,6 @@ class Case:
     python: Path
     model: Path
     options: dict[str, str] = field(default_factory=dict)
-    env: dict[str, str] = field(default_factory=dict)
     load: dict[str, float] = field(default_factory=dict)
     results: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
@@ -62,7 +61,7 @@ class Case:
     def start(self) -> None:
         command = [self.python, WORKER, self.engine, self.model]
         command += [part for key, value in self.options.items() for part in ("--option", f"{key}={value}")]
-        env = {**os.environ, "OMP_NUM_THREADS": THREADS, **self.env}
+        env = {**os.environ, "OMP_NUM_THREADS": THREADS}
         self.process = subprocess.Popen(
             [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )

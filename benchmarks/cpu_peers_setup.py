@@ -16,6 +16,7 @@ PACKAGES = {
     "openvino": ["openvino-genai", "numpy"],
     "openvino-export": ["optimum-intel[openvino]", "nncf", "torch<2.10", "transformers<4.58"],
 }
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # not of its torch, and in its way when it starts
 MODELS: dict[str, dict[str, Any]] = {
     "llama-1.1b": {
         "model_type": "llama",
@@ -63,6 +64,8 @@ def python_of(work: Path, name: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        if name in UNWANTED:
+            subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *UNWANTED[name]], check=True)
         mark.touch()
     return python
 

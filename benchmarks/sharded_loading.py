@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from torchinfer.loader import Checkpoint, load_weights
-from torchinfer.loader.placement import Placement, Shard, place
+from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.plan import NETWORK_EXTENT_BYTES
 from torchinfer.loader.sharing import plan_shared
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import Shard
 
 SMALLEST_EXCHANGED_BYTES = 1 << 20
 

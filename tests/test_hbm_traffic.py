@@ -58,6 +58,10 @@ INSTRUCTION
 LAYOUT = "{1,0:T(8,128)}"
 ON_CHIP = "{1,0:T(8,128)S(1)}"
 MATRIX = 128 * 128
+KERNEL = (
+    'custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"a(b)","cost_estimate":'
+    '{"flops":"1","bytes_accessed":"777"}}}'
+)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +85,10 @@ MATRIX = 128 * 128
         ),
         (f"%x = s8[128,128]{LAYOUT} copy(%c)", 2 * MATRIX),
         (f"%x = bf16[8,128]{ON_CHIP} dynamic-slice(%a, %b), dynamic_slice_sizes={{8,128}}", 8 * 128 * 2),
-        # A kernel counts what it states.
-        (
-            f'%x = s8[128,128]{LAYOUT} custom-call(%c), custom_call_target="tpu_custom_call", backend_config='
-            '{"custom_call_config":{"body":"a(b)","cost_estimate":{"flops":"1","bytes_accessed":"777"}}}',
-            777,
-        ),
+        # A kernel counts what it states and has in HBM (16 bytes are not), once unless it is written in place.
+        (f"%x = s8[128,128]{LAYOUT} custom-call(%b, %c), {KERNEL}", 777 - 16),
+        (f"%x = s8[2,2]{LAYOUT} custom-call(%b), {KERNEL}", 4),
+        (f"%x = s8[2,2]{LAYOUT} custom-call(%b), output_to_operand_aliasing={{0}}, {KERNEL}", 777 - 16),
         # Three rounds of a loop.
         (
             "%x = (s32[]{:T(128)}, s8[128,128]{1,0:T(8,128)(4,1)}) while(%t), condition=%condition, body=%body, "
@@ -99,7 +101,7 @@ def test_an_operation_counts_what_it_has_in_hbm(instruction, expected):
     more = f"%y = f32[64,128]{LAYOUT} parameter(3)\n  %z = f32[2,128]{LAYOUT} parameter(4)\n  "
     text = HLO.replace("INSTRUCTION", more + instruction)
     assert hbm_bytes(text) == expected
-    assert kernel_bytes(text) == (777 if expected == 777 else 0)
+    assert kernel_bytes(text) == 777 * instruction.count("custom-call(")
 
 
 PRODUCTS = """

@@ -12,7 +12,7 @@ FOLDERS = {"kernels": "torchinfer.kernels", "serving": "torchinfer.serving", "to
 
 # Where a toolchain may be imported: a module, or a package with all that is in it.
 HOMES = {
-    "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu", "torchinfer.planner.trace"),
+    "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu", "torchinfer.planner.trace", "torchinfer.spmd"),
     "torchax": ("torchinfer.kernels.tpu",),
     "jax": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
     "jaxlib": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
@@ -77,8 +77,9 @@ LAYERS = (
     ("torchinfer.planner.source",),
     ("torchinfer.startup",),
     ("torchinfer.engine",),
+    ("torchinfer.spmd_runner",),
     ("torchinfer.xla_runner", "torchinfer.fake_runner", "torchinfer.fake_gcs", "torchinfer.testing"),
-    ("torchinfer.runner",),
+    ("torchinfer.runner", "torchinfer.spmd_step"),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
     ("torchinfer.writer",),
@@ -86,6 +87,7 @@ LAYERS = (
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),
+    ("torchinfer.parallel",),
     ("torchinfer.models",),
     ("torchinfer.quantization",),
     ("torchinfer.kernels",),
@@ -95,6 +97,7 @@ LAYERS = (
     ("torchinfer.evaluation.options", "torchinfer.planner.options"),
     ("torchinfer.aot", "torchinfer.aot_compiler", "torchinfer.hbm_traffic"),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
+    ("torchinfer.spmd",),
     (
         "torchinfer.errors",
         "torchinfer.evaluation",

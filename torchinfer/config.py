@@ -41,6 +41,7 @@ class EngineConfig:
 
     model: str | Path  # folder of a Hugging Face checkpoint
     device: str = "auto"  # the first of xla, cuda, cpu that is there
+    tensor_parallel_size: int = 1  # XLA: chips that divide the model; all that the process has
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
     calibration: str | Path | None = None  # text file to smooth activations with, for int8_w8a8
@@ -102,7 +103,12 @@ def _range_problems(c: EngineConfig) -> list[str]:
             f"calibration={str(c.calibration)!r} is for quantization {CALIBRATED}, not for {c.quantization!r}: leave "
             "one of them out"
         )
-    for name in ("max_num_requests", "max_num_batched_tokens", "page_size"):
+    if c.calibration is not None and c.tensor_parallel_size > 1:
+        found.append(
+            f"calibration={str(c.calibration)!r} runs the model on one chip, not on {c.tensor_parallel_size}: write a "
+            "smoothed checkpoint with `torchinfer quantize` first"
+        )
+    for name in ("tensor_parallel_size", "max_num_requests", "max_num_batched_tokens", "page_size"):
         value = getattr(c, name)
         if value is not None and value < 1:
             found.append(f"{name}={value} must be at least 1")

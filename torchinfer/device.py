@@ -11,22 +11,29 @@ from pathlib import Path
 
 import torch
 
-from torchinfer.errors import DeviceError
+from torchinfer import spmd
+from torchinfer.errors import ConfigError, DeviceError
 
 TENSOR_CORES = {"TPU v5 lite": 1, "TPU v5e": 1, "TPU v5": 2, "TPU v5p": 2}  # of a chip that is one device
 DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, num_chips: int = 1) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `xla`. `auto` is a TPU if there is one, else a GPU, else the CPU.
 
     Raises:
-        DeviceError: when the device is not there.
+        ConfigError: several chips are asked of a device other than xla.
+        DeviceError: when the device is not there, or has not so many chips.
     """
     if name == "auto":
         name = "xla" if _has_tpu() else "cuda" if torch.cuda.is_available() else "cpu"
+    if num_chips > 1 and name != "xla":
+        raise ConfigError(
+            f"tensor_parallel_size={num_chips} divides a model among the chips of XLA (TPU), but the device is {name}: "
+            "use tensor_parallel_size=1, or device='xla'"
+        )
     if name == "xla":
-        return _xla_device()
+        return _xla_device(num_chips)
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device='cuda' was asked for, but torch sees no CUDA device; check the driver, or use cpu")
     return torch.device(name)
@@ -38,13 +45,20 @@ def _has_tpu() -> bool:
     return importlib.util.find_spec("torch_xla") is not None and bool(list(Path("/dev").glob("accel[0-9]*")))
 
 
-def _xla_device() -> torch.device:
+def _xla_device(num_chips: int) -> torch.device:
     if importlib.util.find_spec("torch_xla") is None:
         raise DeviceError("device='xla' needs torch_xla, which is not installed; pip install 'torchinfer[xla]'")
     os.environ.setdefault("PJRT_DEVICE", "TPU" if _has_tpu() else "CPU")
     import torch_xla
 
+    if num_chips == 1 and spmd.is_started():
+        raise DeviceError(
+            "tensor_parallel_size=1, but XLA programs of this process run on several chips since an engine asked for "
+            "them: start this engine in a process of its own"
+        )
     try:
+        if num_chips > 1:
+            spmd.start(num_chips)
         return torch.device(torch_xla.device())
     except RuntimeError as error:
         raise DeviceError(f"XLA device {os.environ['PJRT_DEVICE']} cannot be started: {error}") from error
@@ -56,7 +70,8 @@ def tensor_cores(device: torch.device) -> int | None:
         return None
     import torch_xla.core.xla_model as xla_model
 
-    return TENSOR_CORES.get(xla_model.xla_device_kind(device))
+    kind = spmd.ask_chip().kind if spmd.is_started() else xla_model.xla_device_kind(device)
+    return TENSOR_CORES.get(kind)
 
 
 def bound_cpu_caches() -> None:
@@ -88,16 +103,19 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Bytes that are free on the device now."""
+def free_memory_bytes(device: torch.device, used_bytes: int = 0) -> int:
+    """Bytes that are free on the device now. `used_bytes`: what the caller has on each of several TPUs, which cannot be
+    asked for it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "xla" and os.environ.get("PJRT_DEVICE") == "TPU":
+        if spmd.is_started():
+            return spmd.ask_chip().memory_bytes - used_bytes
         import torch_xla.core.xla_model as xla_model
 
         memory = xla_model.get_memory_info(device)
         return int(memory["bytes_limit"]) - int(memory["bytes_used"])
-    return _free_host_bytes()
+    return _free_host_bytes() // (spmd.num_own_chips() if device.type == "xla" else 1)
 
 
 def _free_host_bytes() -> int:

@@ -3,7 +3,7 @@
 XLA's own figure, `bytes accessed`, adds up what all operations take and give, in on-chip memory too: a matrix that is
 fetched ahead of its product counts three times. Here an operation counts what it has in HBM. Of an operand of which
 only rows are taken these count, and of one that is written in place what is written. Pallas kernels count what they
-state themselves.
+state themselves, less what they have on the chip: XLA may have fetched it for them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hbm_bytes(hlo: str) -> int:
 
 
 def kernel_bytes(hlo: str) -> int:
-    """Of them, those that Pallas kernels state."""
+    """What Pallas kernels state, wherever their operands are."""
     return sum(map(int, _STATED.findall(hlo)))
 
 
@@ -89,14 +89,14 @@ def _moved_by(computation: Computation, all_of_them: Mapping[str, Computation]) 
 
 
 def _moved(each: Instruction, around: Computation, all_of_them: Mapping[str, Computation]) -> int:
-    stated = _STATED.search(each.attributes)
-    if stated:
-        return int(stated[1])
     if each.opcode in FREE or each.opcode.endswith("-done"):
         return 0
     if each.opcode in ("while", "call", "conditional"):
         return _moved_inside(each, all_of_them)
     operands = [around[name].type for name in each.operands if name in around]
+    stated = _STATED.search(each.attributes)
+    if stated:
+        return _moved_by_kernel(int(stated[1]), each, operands)
     if each.opcode in ("copy-start", "slice-start"):
         return _copied(each, operands)
     if each.opcode == "fusion":
@@ -107,6 +107,16 @@ def _moved(each: Instruction, around: Computation, all_of_them: Mapping[str, Com
     if each.opcode in UPDATED_BY:
         return 2 * _in_hbm(operands[UPDATED_BY[each.opcode]])
     return _in_hbm(each.type) + sum(map(_in_hbm, operands))
+
+
+def _moved_by_kernel(stated: int, each: Instruction, operands: list[str]) -> int:
+    """One that writes an operand in place, as attention does its pages, reads it in parts, as often as it states; any
+    other counts nothing that it has in HBM more than once."""
+    tensors = [tensor for kind in (each.type, *operands) for tensor in _sizes(kind)]
+    moved = max(stated - sum(size for size, is_in_hbm in tensors if not is_in_hbm), 0)
+    if "output_to_operand_aliasing" in each.attributes:
+        return moved
+    return min(moved, sum(size for size, is_in_hbm in tensors if is_in_hbm))
 
 
 def _copied(each: Instruction, operands: list[str]) -> int:

@@ -24,7 +24,7 @@ from torchinfer.device import (
 )
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
-from torchinfer.errors import CheckpointError, ConfigError
+from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.kv_cache.tensors import (
@@ -38,9 +38,11 @@ from torchinfer.kv_cache.tensors import (
 )
 from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.divided import load_divided
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import DividedModel, local_config, partition_problems
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.tokenizer import Tokenizer
@@ -60,34 +62,17 @@ def start_engine(config: EngineConfig) -> Engine:
     checkpoint = Checkpoint.open(config.model)
     model_config = ModelConfig.from_dict(checkpoint.config)
     max_model_len = _resolve_max_model_len(config, model_config)
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        bound_cpu_caches()
-    if device.type == "xla" and config.compile_cache is not None:
-        keep_compiled_programs(Path(config.compile_cache))
+    device = _prepare_device(config, model_config)
     dtype = resolve_dtype(config.dtype, checkpoint.config)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
-    pages = kernel_pages(model_config, kv_cache_dtype, tensor_cores(device))
+    local = local_config(model_config, config.tensor_parallel_size)
+    pages = kernel_pages(local, kv_cache_dtype, tensor_cores(device))
     page_size = resolve_page_size(config.page_size, pages)
     tokenizer = load_tokenizer(config.model)
-    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
-    model = load_model(
-        checkpoint,
-        model_config,
-        dtype,
-        device,
-        options=options,
-        quantization=config.quantization,
-        smoothing=_smoothing(config, checkpoint, model_config, tokenizer, device, options),
-        moe_mode=config.moe_mode,
-        moe_capacity_factor=config.moe_capacity_factor,
-        progress=config.progress,
-    )
-    num_cores = tensor_cores(device)
-    # A layer at a time: only one is there twice.
-    model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
-    bytes_per_page = page_bytes(model_config, page_size, kv_cache_dtype, pages)
-    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, max_model_len)
+    model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
+    bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
+    free = free_memory_bytes(device, model.share_bytes if isinstance(model, DividedModel) else 0)
+    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
     logger.info(
         "KV cache: %d pages of %d tokens, %s, %.1f MiB",
         num_pages,
@@ -96,14 +81,15 @@ def start_engine(config: EngineConfig) -> Engine:
         num_pages * bytes_per_page / MIB,
     )
     kernels.load_ports(device.type)
-    kv_caches = allocate(model_config, num_pages, page_size, kv_cache_dtype, device, pages)
+    num_chips = config.tensor_parallel_size
+    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
     runner = _runner(config, model, kv_caches, page_size, device, max_model_len)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
         architecture=model_config.architecture,
-        num_parameters=model.num_parameters(),
+        num_parameters=model.num_parameters if isinstance(model, DividedModel) else model.num_parameters(),
         vocab_size=model_config.vocab_size,
         max_model_len=max_model_len,
         dtype=_name(dtype),
@@ -116,6 +102,45 @@ def start_engine(config: EngineConfig) -> Engine:
         kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
+    """The device, with what must be said to it before its first use."""
+    num_chips = config.tensor_parallel_size
+    problems = partition_problems(model, num_chips)
+    raise_all(problems, ConfigError, f"tensor_parallel_size={num_chips} does not fit the model, use another")
+    device = resolve_device(config.device, num_chips)
+    if device.type == "cpu":
+        bound_cpu_caches()
+    if device.type == "xla" and config.compile_cache is not None:
+        keep_compiled_programs(Path(config.compile_cache))
+    return device
+
+
+def _load(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Tokenizer | None,
+) -> Decoder | DividedModel:
+    options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
+    common: dict[str, Any] = {
+        "options": options,
+        "quantization": config.quantization,
+        "moe_mode": config.moe_mode,
+        "moe_capacity_factor": config.moe_capacity_factor,
+        "progress": config.progress,
+    }
+    if config.tensor_parallel_size > 1:
+        return load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+    smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
+    model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
+    num_cores = tensor_cores(device)
+    # A layer at a time: only one is there twice.
+    model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
+    return model
 
 
 def _smoothing(
@@ -152,25 +177,26 @@ def _scheduler(
 
 def _runner(
     config: EngineConfig,
-    model: Decoder,
+    model: Decoder | DividedModel,
     kv_caches: list[KVCache],
     page_size: int,
     device: torch.device,
     max_model_len: int,
 ) -> Runner:
+    sizes = {
+        "table_width": -(-max_model_len // page_size),
+        "max_num_requests": config.max_num_requests,
+        "max_num_tokens": config.max_num_batched_tokens,
+    }
+    if isinstance(model, DividedModel):
+        from torchinfer.spmd_runner import SpmdRunner
+
+        return SpmdRunner(model, kv_caches, page_size, device, **sizes)
     if device.type != "xla":
         return EagerRunner(model, kv_caches, page_size, device)
     from torchinfer.xla_runner import XlaRunner
 
-    return XlaRunner(
-        model,
-        kv_caches,
-        page_size,
-        device,
-        table_width=-(-max_model_len // page_size),
-        max_num_requests=config.max_num_requests,
-        max_num_tokens=config.max_num_batched_tokens,
-    )
+    return XlaRunner(model, kv_caches, page_size, device, **sizes)
 
 
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -196,10 +222,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _resolve_num_pages(
-    config: EngineConfig, page_size: int, bytes_per_page: int, device: torch.device, max_model_len: int
+    config: EngineConfig, page_size: int, bytes_per_page: int, device: torch.device, free: int, max_model_len: int
 ) -> int:
     memory = config.kv_cache_memory
-    free = free_memory_bytes(device)
     share = DEFAULT_CACHE_SHARE[device.type] if memory is None else memory
     budget = int(share * free) if share <= 1 else int(share)
     if budget > free:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -75,17 +76,17 @@ class XlaRunner:
         self._token_buckets = buckets(MIN_TOKENS, max_num_tokens)
         self._request_buckets = buckets(MIN_REQUESTS, max_num_requests)
         self._num_last_ids = self._request_buckets[-1]
-        self._last_ids = torch.zeros(self._num_last_ids, dtype=torch.int32, device=device)
+        self._last_ids = self._send(np.zeros(self._num_last_ids, np.int32))
         num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
         # Per function, over all runners of the process.
         torch._dynamo.config.recompile_limit += num_graphs
         torch._dynamo.config.accumulated_recompile_limit += num_graphs
-        self._forward = _compiled(self._forward_eager)
-        self._head = _compiled(self._head_eager)
-        self._sample = _compiled(self._sample_eager)
-        self._greedy = _compiled(self._greedy_eager)
-        self._edit_chunk = _compiled(apply_edits)
-        self._logprobs = _compiled(_logprobs_eager)
+        self._forward = compiled(self._forward_eager)
+        self._head = compiled(self._head_eager)
+        self._sample = compiled(self._sample_eager)
+        self._greedy = compiled(self._greedy_eager)
+        self._edit_chunk = compiled(apply_edits)
+        self._logprobs = compiled(_logprobs_eager)
 
     @property
     def num_compilations(self) -> int:
@@ -152,14 +153,16 @@ class XlaRunner:
         )
 
     def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
-        ints = torch.from_numpy(packed[: shape.num_forward]).to(self._device)
-        logits, hidden = self._forward(ints, self._last_ids, shape)
+        logits, hidden = self._forward(self._send(packed[: shape.num_forward]), self._last_ids, shape)
         return logits, hidden
+
+    def _send(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _send_sampling(self, sampling: Ints) -> tuple[Tensor, Tensor]:
         """In two pieces: XLA has no view of int32 as float32 through torch."""
         top_k, reals = split_sampling(sampling)
-        return torch.from_numpy(top_k).to(self._device), torch.from_numpy(reals).to(self._device)
+        return self._send(top_k), self._send(reals)
 
     def _edit(self, logits: Tensor, edits: LogitEdits | None) -> Tensor:
         """Apply edits in pieces of one size; the last piece repeats its first edit, which changes nothing."""
@@ -170,7 +173,7 @@ class XlaRunner:
             here = np.arange(start, start + EDITS_AT_A_TIME)
             here[here >= len(edits.row)] = start
             arrays = (edits.row[here], edits.token[here], edits.factor[here], edits.addend[here])
-            edited = self._edit_chunk(edited, *(torch.from_numpy(array).to(self._device) for array in arrays))
+            edited = self._edit_chunk(edited, *(self._send(array) for array in arrays))
         return edited
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan) -> list[tuple[Chunk, LogprobTensors]]:
@@ -191,8 +194,8 @@ class XlaRunner:
         rows[:count] = np.arange(start, start + count)
         targets = np.zeros(self._num_last_ids, np.int32)
         targets[: len(ids)] = ids
-        logits = self._head(hidden, torch.from_numpy(rows).to(self._device))
-        return self._logprobs(logits, torch.from_numpy(targets).to(self._device))
+        logits = self._head(hidden, self._send(rows))
+        return self._logprobs(logits, self._send(targets))
 
     def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
         mark_as_donated([tensor for cache in self._kv_caches for tensor in cache.tensors])
@@ -220,6 +223,7 @@ def _logprobs_eager(logits: Tensor, token_ids: Tensor) -> LogprobTensors:
     return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
 
 
-def _compiled(function: Callable[P, R]) -> Callable[P, R]:
-    compiled: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
-    return compiled
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """A function as one program for each shape of its arguments."""
+    result: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
+    return result

@@ -11,13 +11,13 @@ import functools
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import torch
 from torch import Tensor
 
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES
+from torchinfer.kernels.tpu.exported import Shapes, dtype_name, export_for_tpu, shapes_of
 from torchinfer.kernels.tpu.matmul_plan import MatmulConfig, can_gate, make_config
 from torchinfer.kernels.tpu.packed_weight import PackedWeight
 from torchinfer.kernels.tpu.streamed_matmul import streamed_matmul
@@ -44,7 +44,7 @@ def matmul(
         [group_sizes, input_scale, weight.shift],
         weight.name,
         activation,
-        _name(x.dtype if weight.shift is None else torch.float32),
+        dtype_name(x.dtype if weight.shift is None else torch.float32),
         weight.num_cores,
     )
     return result.to(x.dtype)
@@ -86,8 +86,7 @@ def _op(
     has = tuple(each is not None for each in optional)
     arguments = (x, words, scale, *[each for each in optional if each is not None])
     if num_cores:
-        shapes = tuple((tuple(each.shape), _name(each.dtype)) for each in arguments)
-        function = _kernel(config, has, shapes)
+        function = _kernel(config, has, shapes_of(arguments))
     else:
         function = _formulation(config, has)
     result: Tensor = xla_builder.call_jax(function, arguments)
@@ -109,18 +108,9 @@ def _(
     return torch.empty((x.shape[0], num_outputs), dtype=getattr(torch, result_dtype), device=x.device)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @functools.lru_cache
-def _kernel(config: MatmulConfig, has: tuple[bool, ...], shapes: tuple[tuple[tuple[int, ...], str], ...]) -> Any:
-    """The kernel for a TPU, wherever it is traced: an export has the format of kernels that libtpu reads, and may be
-    called in a program for another platform, which then cannot run."""
-    function = functools.partial(_with_optional, config, has, True)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    checks = [jax.export.DisabledSafetyCheck.platform()]
-    return jax.export.export(jax.jit(function), platforms=("tpu",), disabled_checks=checks)(*arguments).call
+def _kernel(config: MatmulConfig, has: tuple[bool, ...], shapes: Shapes) -> Any:
+    return export_for_tpu(functools.partial(_with_optional, config, has, True), shapes)
 
 
 @functools.lru_cache

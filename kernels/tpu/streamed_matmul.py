@@ -97,34 +97,40 @@ def split_rows(x: Array, config: MatmulConfig, has_kernel: bool, interpret: Any 
     """Rows as integers of 15 bits in two planes of int8, one below the other in each tile, and what they are multiples
     of: as `_as_operands`. A kernel, because XLA makes ten operations of it."""
     x = jnp.pad(x, ((0, 0), (0, config.num_inputs - x.shape[1])))
-    size, tiles = config.tile_rows, config.num_tiles
+    tiles, size, width = config.num_tiles, config.tile_rows, config.num_inputs
     if not has_kernel:
         x = jnp.pad(x, ((0, tiles * size - x.shape[0]), (0, 0)))
         planes, unit = jax.vmap(_planes)(x.reshape(tiles, size, -1))
         return planes.astype(jnp.int8), jnp.broadcast_to(unit.reshape(-1, 1), (tiles * size, LANES))
+    # Parts of a tile, so that intermediate values fit the chip; 32 rows of int8 are a tile of the registers.
+    rows = min(size, 32)
+    parts = size // rows
 
-    def kernel(rows: Ref, planes: Ref, unit: Ref) -> None:
-        whole, of_row = _planes(rows[...])
-        planes[0] = whole.astype(jnp.int8)
+    def kernel(x: Ref, planes: Ref, unit: Ref) -> None:
+        whole, of_row = _planes(x[...])
+        planes[...] = whole.reshape(planes.shape).astype(jnp.int8)
         unit[...] = jnp.broadcast_to(of_row, unit.shape)
 
-    result: tuple[Array, Array] = pl.pallas_call(
+    shape, block = ((tiles, 2 * size), (1, 2 * rows)) if parts == 1 else ((tiles, 2, size), (1, 2, rows))
+    planes, unit = pl.pallas_call(
         kernel,
-        grid=(tiles,),
-        in_specs=[pl.BlockSpec((size, config.num_inputs), lambda tile: (tile, 0))],
+        grid=(tiles, parts),
+        in_specs=[pl.BlockSpec((rows, width), lambda tile, part: (tile * parts + part, 0))],
         out_specs=[
-            pl.BlockSpec((1, 2 * size, config.num_inputs), lambda tile: (tile, 0, 0)),
-            pl.BlockSpec((size, LANES), lambda tile: (tile, 0)),
+            pl.BlockSpec((*block, width), lambda tile, part: (tile, *(0,) * (len(block) - 2), part, 0)),
+            pl.BlockSpec((rows, LANES), lambda tile, part: (tile * parts + part, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((tiles, 2 * size, config.num_inputs), jnp.int8),
+            jax.ShapeDtypeStruct((*shape, width), jnp.int8),
             jax.ShapeDtypeStruct((tiles * size, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
         name="split_rows",
         interpret=interpret,
     )(x)
-    return result
+    return planes.reshape(tiles, 2 * size, width), unit
 
 
 def _planes(rows: Array) -> tuple[Array, Array]:
@@ -192,7 +198,7 @@ def _cost(config: MatmulConfig) -> pl.CostEstimate:
     inputs = rows * config.planes * config.num_inputs * (1 if config.is_integer else 2)
     inputs *= config.num_blocks if config.num_tiles > 1 else 1  # a tile stays only if it is the only one
     return pl.CostEstimate(
-        flops=2 * rows * config.planes * numbers,
+        flops=2 * rows * numbers,
         bytes_accessed=matrices + inputs + rows * config.result_outputs * jnp.dtype(config.result_dtype).itemsize,
         transcendentals=0 if config.activation is None else rows * config.result_outputs,
     )

@@ -28,13 +28,13 @@ def pack_words(values: Tensor, name: str, num_inputs: int) -> Tensor:
     """[..., O, I], signed: int8 (for int4 -8 to 7), e4m3 or bfloat16 -> words int32 [..., num_inputs / numbers, O],
     zeros behind the inputs that there are."""
     numbers = NUMBERS_IN_WORD[name]
-    bits = functional.pad(_bits(values).to(torch.int32), (0, num_inputs - values.shape[-1])).transpose(-1, -2)
-    tiles = bits.unflatten(-2, (-1, SUBLANES * numbers))  # [..., tiles, inputs of a tile, O]
+    bits = functional.pad(_bits(values), (0, num_inputs - values.shape[-1])).transpose(-1, -2)
+    tiles = bits.reshape(*bits.shape[:-2], -1, SUBLANES * numbers, bits.shape[-1])  # [..., tiles, inputs of a tile, O]
     width = 32 // numbers
-    words = torch.zeros_like(tiles[..., :SUBLANES, :])
+    words = torch.zeros((), dtype=torch.int32, device=values.device)
     for position in range(numbers):
         first, step = inputs_at(position, name)
-        part = tiles[..., first : first + SUBLANES * step : step, :]
+        part = tiles[..., first : first + SUBLANES * step : step, :].to(torch.int32)
         words = words | ((part & (2**width - 1)) << (position * width))
     return words.flatten(-3, -2)
 

@@ -21,11 +21,11 @@ from torchinfer.errors import CheckpointError
 from torchinfer.loader import Checkpoint, LoadOptions, load_weights
 from torchinfer.loader.exchange import Peers
 from torchinfer.loader.folder import FileReader, FolderSource
-from torchinfer.loader.placement import Shard
 from torchinfer.loader.source import FileStat
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import Shard
 
 TIMEOUT = timedelta(seconds=20)
 

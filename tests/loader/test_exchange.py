@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from torchinfer.errors import ConfigError
 from torchinfer.loader import Checkpoint, LoadOptions, load_weights
 from torchinfer.loader.exchange import Peers, find_peers
-from torchinfer.loader.placement import Placement, Shard, place
+from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.sharing import choose_exchange, plan_shared
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
+from torchinfer.parallel import Shard
 from torchinfer.testing import TINY, save_random_checkpoint
 
 SCRIPT = Path(__file__).with_name("load_shard.py")

@@ -10,8 +10,9 @@ import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry
-from torchinfer.loader.placement import Cut, Placement
+from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import MAX_GAP_BYTES, SMALLEST_EXTENT_BYTES, check_fits, extent_bytes, plan_extents
+from torchinfer.parallel import Cut
 
 MIB = 1 << 20
 

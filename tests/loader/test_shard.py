@@ -14,11 +14,12 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint, load_model, load_weights
-from torchinfer.loader.placement import Shard, place
+from torchinfer.loader.placement import place
 from torchinfer.loader.plan import plan_extents
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import Shard
 from torchinfer.testing import TINY, save_random_checkpoint
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -75,6 +76,23 @@ def load_toy(folder: Path, dtype: torch.dtype = torch.float32) -> Toy:
     model = build()
     load_weights(model, save(folder, toy_tensors()), dtype, CPU, progress=False)
     return model
+
+
+def test_what_is_delivered_is_whole_and_has_left_the_host_before_the_next(tmp_path: Path) -> None:
+    delivered: dict[str, Tensor] = {}
+    handed: list[weakref.ref[Tensor]] = []
+
+    def deliver(name: str, tensor: Tensor) -> Tensor:
+        assert all(reference() is None for reference in handed)
+        handed.append(weakref.ref(tensor))
+        delivered[name] = tensor.clone()
+        return torch.zeros(())
+
+    load_weights(build(), save(tmp_path, toy_tensors()), torch.float32, CPU, progress=False, deliver=deliver)
+    expected = load_toy(tmp_path)
+    found = {name: tensor for name, tensor in expected.state_dict().items() if name != "head.weight"}
+    assert delivered.keys() == found.keys()
+    assert all(torch.equal(delivered[name], tensor) for name, tensor in found.items())
 
 
 def test_slots_are_filled_with_their_rows(tmp_path: Path) -> None:

@@ -87,6 +87,19 @@ def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name)
     assert (topology, given["num_devices"], given["is_replicated"], len(given["donate"])) == ("v5e:2x2", 4, True, 2)
 
 
+@pytest.mark.xla
+@pytest.mark.libtpu
+def test_no_cache_is_copied_on_one_chip(models):
+    """Without collectives nothing but the order of the results decides in which order the caches come in."""
+    from torchinfer.planner.trace import trace_step
+
+    source = read_source(models.path("llama-3-8b", **FAMILIES["llama-3-8b"]), "bfloat16", None)
+    traced = trace_step(source, 1, StepShape(16, 8, 1), torch.int8, num_pages=9, page_size=128, num_cores=1)
+    program = compiled.aot.compile_hlo(traced.text, "v5e:1x1", donate=traced.donated)
+    assert program.hlo.count("s32[9,264,128]{2,1,0:T(8,128)} parameter(") == 2
+    assert "s32[9,264,128]{2,1,0:T(8,128)} copy(" not in program.hlo
+
+
 @pytest.mark.slow
 @pytest.mark.xla
 @pytest.mark.libtpu

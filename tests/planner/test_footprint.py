@@ -7,7 +7,8 @@ from torchinfer.kv_cache.tensors import allocate, kernel_pages
 from torchinfer.loader import load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
-from torchinfer.planner.footprint import footprint, local_config, partition_problems
+from torchinfer.parallel import local_config, partition_problems
+from torchinfer.planner.footprint import footprint
 from torchinfer.planner.source import HOST, read_source
 from torchinfer.testing import save_random_checkpoint, tiny_config
 

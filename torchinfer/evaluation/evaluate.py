@@ -80,8 +80,8 @@ def evaluate(options: EvaluationOptions) -> Evaluation:
     if inputs.device.type == "cpu":
         bound_cpu_caches()
     kernels.load_ports(inputs.device.type)
-    cache_dtypes = {name for names in inputs.pairs.values() for name in names}
-    page_size = one_page_size(options.page_size, cache_dtypes, inputs.model_config, inputs.device)
+    all_dtypes = {name for names in inputs.pairs.values() for name in names}
+    page_size = one_page_size(options.page_size, all_dtypes, inputs.model_config, inputs.device)
     layout = Layout.of(page_size, options.max_num_batched_tokens, inputs.context)
     results: list[Result] = []
     with _store(options, inputs) as store:

@@ -38,7 +38,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu", "cuda"),
+    "sample": ("cpu", "tpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer

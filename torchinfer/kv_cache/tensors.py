@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import torch
 
-from torchinfer import kernels
+from torchinfer import kernels, spmd
 from torchinfer.batch import KernelPages, KVCache
 from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.loader import memory
 from torchinfer.models.config import ModelConfig
+from torchinfer.spmd import STACKED
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +128,17 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     pages: KernelPages | None = None,
+    num_chips: int = 1,
 ) -> list[KVCache]:
-    """One cache a layer, zeros.
+    """One cache a layer, zeros. On several chips `model` is one chip's; a tensor has those of all, STACKED.
 
     Raises:
         DeviceError: when the device has not enough memory, with the arithmetic.
     """
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if num_chips > 1:
+            return spmd.zeros(shape, dtype, STACKED, num_chips)
         # Written now: memory that is only promised would run out in the middle of traffic.
         return _empty(shape, dtype, device).zero_()
 

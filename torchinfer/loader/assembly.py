@@ -5,6 +5,9 @@ A tensor that is quantized on the way fills several tensors of its matrix, with 
 cpu     read straight into the parameter where dtype and layout allow, else converted from staging memory
 cuda    copied from pinned staging memory on the current stream; converted on the device
 xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
+
+With `deliver` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
+of the model is in the host's memory than what is being put together.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, 
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.quantization import QuantizedMatrix
 
+Deliver = Callable[[str, Tensor], Tensor]  # the name and values of a tensor -> what the model gets in its place
+
 
 class Assembly:
     """Gives a model its parameters. `place_of` is for any thread, everything else for one.
@@ -39,8 +44,10 @@ class Assembly:
         extents: Iterable[Extent],
         dtype: torch.dtype,
         device: torch.device,
+        deliver: Deliver | None = None,
     ) -> None:
         self._model, self._placements, self._dtype, self._device = model, placements, dtype, device
+        self._deliver = deliver
         self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._tied = {name: names for names in tied_names(self._empty) for name in names}
         # Parameter of a placement -> the tensors that it is filled with, where that is not itself.
@@ -133,9 +140,10 @@ class Assembly:
             for tensor in self._tensors_of(parameter):
                 self._assign(tensor, torch.empty(self._empty[tensor].shape, dtype=self._dtype_of(tensor)))
         assert not self._open and not any(self._remaining.values()), "place() lists every tensor"
-        for module in self._model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self._device))
+        if self._deliver is None:
+            for module in self._model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, buffer.to(self._device))
         left = [name for name, tensor in self._model.state_dict(keep_vars=True).items() if tensor.is_meta]
         assert not left, f"nothing filled {left}"
 
@@ -172,7 +180,7 @@ class Assembly:
     def _allocate(self, parameter: str) -> Tensor:
         shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
         try:
-            if self._device.type == "cpu" and num_bytes:
+            if self._device.type == "cpu" and num_bytes and self._deliver is None:
                 return self._slabs.allocate(num_bytes).view(dtype).view(shape)
             return torch.empty(shape, dtype=dtype, device=self._device)
         except (RuntimeError, DeviceError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
@@ -214,7 +222,7 @@ class Assembly:
     def _assign(self, parameter: str, value: Tensor) -> None:
         if parameter in self._scales and self._device.type != "xla":
             self._check_scales(parameter, value)
-        value = value.to(self._device)
+        value = value.to(self._device) if self._deliver is None else self._deliver(parameter, value)
         if isinstance(self._empty[parameter], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for name in self._tied[parameter]:

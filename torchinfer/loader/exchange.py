@@ -34,11 +34,12 @@ from torch import Tensor
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader.assembly import Assembly
 from torchinfer.loader.memory import Staging
-from torchinfer.loader.placement import Placement, Shard
+from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import Piece
 from torchinfer.loader.readers import Filled
 from torchinfer.loader.retry import Stopped
 from torchinfer.loader.sharing import SharedExtent, SharedPlan, column_cut, cut_of, num_parts
+from torchinfer.parallel import Shard
 
 logger = logging.getLogger(__name__)
 

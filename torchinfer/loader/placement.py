@@ -18,45 +18,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted, shorten
+from torchinfer.parallel import WHOLE, Cut, Shard
 from torchinfer.quantization import QuantizedMatrix
 from torchinfer.quantization.source import Shape
 from torchinfer.weight_map import Target
 
 NUMBER = "0|[1-9][0-9]*"
 LOADABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Which part of a model this process holds, of `world` processes that divide its tensors."""
-
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise ConfigError(f"rank={self.rank} of world={self.world} must be in [0, {self.world})")
-
-
-WHOLE = Shard()
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The part [start, stop) of a checkpoint tensor along a dimension that this process takes."""
-
-    dim: int
-    start: int
-    stop: int
-
-    def of(self, shard: Shard, size: int) -> Cut:
-        """The part of another process, of a tensor with `size` in this dimension. Parts are of one size; where they
-        are fewer than processes, neighbours have the same."""
-        length = self.stop - self.start
-        start = shard.rank * (size // max(length, 1)) // shard.world * length
-        return Cut(self.dim, start, start + length)
 
 
 @dataclass(frozen=True, slots=True)

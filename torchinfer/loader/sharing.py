@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.memory import LARGE_PAGE
-from torchinfer.loader.placement import Cut, Placement, Shard
+from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import Extent, plan_extents
+from torchinfer.parallel import Cut, Shard
 
 
 @dataclass(frozen=True, slots=True)

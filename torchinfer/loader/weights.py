@@ -16,12 +16,12 @@ from torch import nn
 from tqdm import tqdm
 
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
-from torchinfer.loader.assembly import Assembly
+from torchinfer.loader.assembly import Assembly, Deliver
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
-from torchinfer.loader.placement import WHOLE, Placement, Shard, place
+from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
 from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
@@ -33,6 +33,7 @@ from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,20 @@ def load_model(
         ConfigError: `moe_mode` or `quantization` do not fit the model, or the load memory is too little for a tensor.
         DeviceError: the device's memory does not suffice.
     """
+    model, checkpoint = build_empty(checkpoint, model_config, device, quantization, moe_mode, moe_capacity_factor)
+    load_weights(model, checkpoint, dtype, device, progress, options, smoothing=smoothing)
+    return model.eval()
+
+
+def build_empty(
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    device: torch.device,
+    quantization: str | Mapping[str, str] | None,
+    moe_mode: str,
+    moe_capacity_factor: float,
+) -> tuple[Decoder, Checkpoint]:
+    """The model of a config on meta, its matrices held as they will be, and the checkpoint to fill it from."""
     with torch.device("meta"):
         model = build_model(model_config, moe_mode, moe_capacity_factor)
     if quantization is not None and checkpoint.quantization is not None:
@@ -125,8 +140,7 @@ def load_model(
         quantize_model(model, quantization, device)
     elif checkpoint.quantization is not None:
         checkpoint = hold_published(model, checkpoint, device)
-    load_weights(model, checkpoint, dtype, device, progress, options, smoothing=smoothing)
-    return model.eval()
+    return model, checkpoint
 
 
 def load_weights(
@@ -139,13 +153,14 @@ def load_weights(
     shard: Shard = WHOLE,
     peers: Peers | None = None,
     smoothing: Smoothing | None = None,
+    deliver: Deliver | None = None,
 ) -> LoadReport:
     """Give every parameter of a model (usually on meta) its values, on `device`; floats become `dtype`.
 
     Persistent buffers are filled likewise and keep their dtype; other buffers are moved to the device. With a `shard`
     the model has the shapes of one process, and only its part is read. Each byte is read once. A model whose load
     failed is unusable. Where processes exchange what several of them need (exchange.py), all of them call this with the
-    same options; `peers` are those of the default group if it fits.
+    same options; `peers` are those of the default group if it fits. `deliver` is Assembly's.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
@@ -162,7 +177,7 @@ def load_weights(
     peers = find_peers(shard, peers)
     plan = _plan(checkpoint, placements, device, shard, options, peers)
     readers = _readers(checkpoint, plan, options, device)
-    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device)
+    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, deliver)
     readers.place_of = assembly.place_of
     exchange = _exchange(plan.shared, shard, peers, placements, assembly, readers, device)
     with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:

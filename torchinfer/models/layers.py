@@ -79,15 +79,22 @@ def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
 
 
 class Embedding(Layer):
-    """Rows of a table."""
+    """Rows of a table. `first_row`, int32 [1]: of a chip that has those from there on; None where all rows are."""
+
+    first_row: Tensor | None
 
     def __init__(self, num_rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, size), requires_grad=False)
+        self.register_buffer("first_row", None, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[T] int32 -> [T, size]."""
-        return functional.embedding(tokens, self.weight)
+        """[T] int32 -> [T, size]; zeros for rows that others have."""
+        if self.first_row is None:
+            return functional.embedding(tokens, self.weight)
+        row = tokens - self.first_row
+        is_here = (row >= 0) & (row < self.weight.shape[0])
+        return torch.where(is_here[:, None], functional.embedding(torch.where(is_here, row, 0), self.weight), 0)
 
 
 class RMSNorm(Layer):

@@ -1,16 +1,13 @@
 """What a model takes on each of `n` chips that divide it by tensor parallelism; nothing is allocated.
 
-Each chip holds a model of its own sizes, built from the same modules and schemes as the engine's, on the meta device:
-
-    column-parallel   q, k and v by heads; gate, up (also each expert's) by intermediate size; embedding, head by rows
-    row-parallel      attention's output, down: by inputs, so that each chip has a part of a sum
-    replicated        norms, biases of row-parallel layers, routers; key-value heads where they are fewer than chips
+Each chip holds a model of its own sizes (torchinfer/parallel.py), built from the same modules and schemes as the
+engine's, on the meta device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,6 +18,7 @@ from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
 from torchinfer.models.moe import Experts
+from torchinfer.parallel import local_config
 from torchinfer.planner.source import ModelSource
 from torchinfer.quantization import QuantizedMatrix
 
@@ -105,50 +103,6 @@ def footprint(
         cache_itemsize=cache_dtype.itemsize,
         pages=pages,
     )
-
-
-def local_config(config: ModelConfig, num_chips: int) -> ModelConfig:
-    """The sizes of one chip's part."""
-    moe = config.moe
-    if moe is not None:
-        shared = moe.shared_intermediate_size
-        moe = replace(
-            moe,
-            intermediate_size=moe.intermediate_size // num_chips,
-            shared_intermediate_size=None if shared is None else shared // num_chips,
-        )
-    return replace(
-        config,
-        vocab_size=-(-config.vocab_size // num_chips),  # the last chip's rows are padded
-        num_heads=config.num_heads // num_chips,
-        num_kv_heads=max(config.num_kv_heads // num_chips, 1),
-        intermediate_size=max(config.intermediate_size // num_chips, 1),
-        moe=moe,
-    )
-
-
-def partition_problems(config: ModelConfig, num_chips: int) -> list[str]:
-    """Why a model cannot be divided among so many chips."""
-    heads, kv_heads = config.num_heads, config.num_kv_heads
-    found = []
-    if heads % num_chips:
-        found.append(f"num_heads={heads} is not divisible by {num_chips} chips")
-    if kv_heads % num_chips and num_chips % kv_heads:
-        found.append(f"num_kv_heads={kv_heads} neither divides {num_chips} chips nor is divisible by them")
-    for name, size in _inner_sizes(config):
-        if size % num_chips:
-            found.append(f"{name}={size} is not divisible by {num_chips} chips")
-    return found
-
-
-def _inner_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    moe = config.moe
-    if moe is None or len(moe.layers) < config.num_layers:
-        yield "intermediate_size", config.intermediate_size
-    if moe is not None:
-        yield "the experts' intermediate_size", moe.intermediate_size
-        if moe.shared_intermediate_size is not None:
-            yield "the shared expert's intermediate_size", moe.shared_intermediate_size
 
 
 def _tensors(model: Decoder) -> Iterator[torch.Tensor]:

@@ -12,9 +12,10 @@ from torchinfer import aot
 from torchinfer.errors import ConfigError, TorchinferError, raise_all
 from torchinfer.kv_cache.tensors import SCALED, kernel_pages, resolve_cache_dtype, resolve_page_size
 from torchinfer.models.config import ModelConfig
+from torchinfer.parallel import partition_problems
 from torchinfer.planner.accelerators import ACCELERATORS, Accelerator, Topology
 from torchinfer.planner.capacity import Capacity, capacity
-from torchinfer.planner.footprint import Footprint, footprint, partition_problems
+from torchinfer.planner.footprint import Footprint, footprint
 from torchinfer.planner.options import ALL, PlanOptions
 from torchinfer.planner.prices import Price, price_of
 from torchinfer.planner.roofline import Step, decode_step, prefill_steps

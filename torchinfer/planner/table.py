@@ -194,8 +194,11 @@ def _chip_notes(plan: Plan) -> Iterator[str]:
         if topology.num_hosts > 1:
             yield f"{place.name}: {topology.num_hosts} hosts, one process on each."
     head_dim = plan.source.config.head_dim
-    tpus = [speed.placement for speed in plan.speeds if speed.placement.accelerator.name in aot.CHIPS]
-    tpus = [place.accelerator.name for place in tpus if place.footprint is not None and place.footprint.pages is None]
+    tpus = [
+        place.accelerator.name
+        for place in (speed.placement for speed in plan.speeds)
+        if place.accelerator.name in aot.CHIPS and place.footprint is not None and place.footprint.pages is None
+    ]
     if tpus and head_dim % LANES:
         room = -(-head_dim // LANES) * LANES
         yield (

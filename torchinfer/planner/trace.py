@@ -2,8 +2,8 @@
 process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
 
 One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
-all-reduce behind each row-parallel layer and the embeddings, and logits gathered. What chips do with token ids outside
-of their rows of the vocabulary is left out.
+all-reduce behind each row-parallel layer and the embeddings, and logits gathered. The engine's program is for all chips
+(spmd_step.py); this is what is left of it on one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,9 @@ from torch import Tensor, nn
 from torchinfer import kernels
 from torchinfer.kv_cache.tensors import kernel_pages, make_layer
 from torchinfer.models.decoder import Decoder
-from torchinfer.planner.footprint import local_config
+from torchinfer.parallel import connect, local_config
 from torchinfer.planner.source import ModelSource, read_source
 from torchinfer.step_input import StepShape, unpack
-
-REDUCED = ("attention.output", "mlp")  # ends of the names of modules whose results are parts of a sum
-
 
 MLIR_TYPES = {
     torch.bfloat16: "bf16",
@@ -149,19 +146,17 @@ def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
         return lambda logits: logits
     groups = [list(range(num_chips))]
 
-    def reduce(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    def reduce(part: Tensor) -> Tensor:
         # Not xla_model.all_reduce: this form gives the sum as a value.
-        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", output, 1.0, groups, False)  # type: ignore[attr-defined]
+        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", part, 1.0, groups, False)  # type: ignore[attr-defined]
         return reduced
 
     def gather(logits: Tensor) -> Tensor:
         gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
         return gathered
 
-    for name, module in model.named_modules():
-        if name.endswith(REDUCED):
-            module.register_forward_hook(reduce)
-    model.embedding.register_forward_hook(reduce)
+    model.embedding.first_row = _placeholder((1,), torch.int32)
+    connect(model, reduce)
     return gather
 
 

@@ -14,6 +14,7 @@ namespace torchinfer {
 namespace {
 
 constexpr auto kSpinTime = std::chrono::microseconds(50);
+constexpr int kSpins = 4096;  // about as long
 constexpr int64_t kLargePage = 2 << 20;
 constexpr uint64_t kNoItem = 0xffffffff;
 
@@ -142,7 +143,13 @@ void Pool::run(Work work, void* context, int64_t num_items) {
         wake_.notify_all();
     }
     work_on(epoch, 0);
-    while (num_done_.load(std::memory_order_acquire) < num_items) relax();
+    for (int spin = 0; num_done_.load(std::memory_order_acquire) < num_items; ++spin) {
+        if (spin < kSpins) {
+            relax();
+        } else {  // who has the last item may wait for this processor, where other threads compute too
+            std::this_thread::yield();
+        }
+    }
 }
 
 void* Pool::grown(Memory& memory, int64_t num_bytes) {

@@ -87,8 +87,8 @@ void quantize_rows(Pool& threads, const Quantize& task) {
     constexpr int64_t kNumbers = std::is_same_v<Value, Nibbles> ? 2 : 1;  // in a value
     const int64_t groups = task.num_groups(), blocks = (task.rows + task.row_block - 1) / task.row_block;
     const int64_t at_once = 1 + kQuantizeItemValues / (task.row_block * task.columns + 1);
-    parallel_for(threads, (blocks + at_once - 1) / at_once, [&](int64_t item, int) {
-        for (int64_t block = item * at_once; block < blocks && block < (item + 1) * at_once; ++block) {
+    parallel_ranges(threads, blocks, at_once, [&](int64_t block, int64_t end) {
+        for (; block < end; ++block) {
             const int64_t row = block * task.row_block, rows = least(task.rows - row, task.row_block);
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t column = group * task.column_block;

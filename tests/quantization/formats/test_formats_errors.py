@@ -14,10 +14,11 @@ from torchinfer.config import EngineConfig
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint, load_model
 from torchinfer.loader.inspect import inspect
-from torchinfer.loader.placement import Shard, place
+from torchinfer.loader.placement import place
 from torchinfer.loader.published import hold_published
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
+from torchinfer.parallel import Shard
 from torchinfer.startup import start_engine
 from torchinfer.testing import assert_close
 

@@ -1,0 +1,82 @@
+"""Choosing tokens on TPU by the TPU's compiler, without a TPU: the kernel's bundles against the compiler's estimate for
+the reference formulation, which sorts.
+
+A bundle takes a cycle or more. Counted are all passes, with top-k and top-p for some of every eight rows. XLA's
+estimate leaves sorting out, for which it has none, so that it is a lower bound, too. The ceiling is reading the logits.
+
+python benchmarks/tpu_sampling.py [--rows 64] [--vocabulary 128256]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+
+from torchinfer import aot
+
+TOPOLOGY = "v5e:1x1"
+CLOCK_HZ = aot.CHIPS["v5e"].clock_hz
+
+
+def ours(rows: int, size: int) -> float:
+    """Milliseconds of the kernel, if every bundle takes a cycle."""
+    import jax
+
+    from torchinfer.kernels.tpu.sample_kernel import CHUNK, CHUNKS_AT_ONCE, sample_tokens
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((rows, size), (rows, 5))]
+    compiled = aot.compile_jax(sample_tokens, shapes, TOPOLOGY, dump_bundles=True)
+    kernel = max(compiled.kernels.values(), key=lambda kernel: kernel.num_bundles)
+    (grid,) = kernel.inside(None)
+    rounds = size / (CHUNK * CHUNKS_AT_ONCE)
+    parts = kernel.inside(grid)
+    bundles = grid.num_bundles - sum(part.num_bundles for part in parts)
+    halvings = iter((32, 32, (size - 1).bit_length()))  # of numbers for top-k and top-p, of ids
+    for part in parts:
+        passes = kernel.inside(part)
+        if not passes:
+            bundles += rounds * part.num_bundles
+            continue
+        inner = sum(each.num_bundles for each in passes)
+        bundles += next(halvings) * (part.num_bundles - inner + rounds * inner)
+    return -(-rows // 8) * bundles / CLOCK_HZ * 1e3
+
+
+def by_xla(rows: int, size: int) -> float:
+    """Milliseconds by the compiler's estimate."""
+    import torch
+    import torch_xla.core.xla_builder as xla_builder
+    import torch_xla.core.xla_model as xla_model
+
+    from torchinfer.batch import SamplingTensors
+    from torchinfer.kernels.reference.sample import sample
+
+    def placeholder(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        tensor: torch.Tensor = xla_builder.create_placeholder_tensor(shape, dtype)
+        return tensor
+
+    params = [placeholder(rows, dtype=torch.int32 if at == 1 else torch.float32) for at in range(5)]
+    ids = sample(placeholder(rows, size), SamplingTensors(*params), any_filter=True)
+    compiled = aot.compile_hlo(xla_model.get_stablehlo([ids]), TOPOLOGY)
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.hlo))) / CLOCK_HZ * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+    args = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "PJRT_DEVICE": "CPU"}
+    found = {"rows": args.rows, "vocabulary": args.vocabulary}
+    ceiling = 4 * args.rows * args.vocabulary / aot.CHIPS["v5e"].hbm_bytes_per_second * 1e3
+    print(f"reading the logits once: {ceiling:.3f} ms")
+    kernel, xla = ours(args.rows, args.vocabulary), by_xla(args.rows, args.vocabulary)
+    print(f"kernel: {kernel:.3f} ms; XLA without its sort: {xla:.3f} ms; {kernel / xla:.2f} of it")
+    result = found | {"ceiling_ms": ceiling, "kernel_ms": kernel, "xla_ms": xla}
+    print(json.dumps({"benchmark": "tpu_sampling", "result": result}))
+
+
+if __name__ == "__main__":
+    main()

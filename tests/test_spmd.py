@@ -1,0 +1,141 @@
+"""One model on several chips of XLA, which XLA's CPU has as many of as it is asked for: the ids of the CPU, nothing but
+the collectives that a division needs, nothing compiled after the warm-up, caches in place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from torchinfer import aot
+from torchinfer.testing import TINY, save_random_checkpoint
+from torchinfer.writer.quantize import quantize_checkpoint
+
+pytestmark = pytest.mark.xla
+pytest.importorskip("torch_xla")
+
+PROGRAM = Path(__file__).parent / "spmd_program.py"
+ONE_PER_ARCHITECTURE = list({kind: name for name, (kind, _) in TINY.items()}.values())
+SHALLOW = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # a layer of each kind
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
+COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+# 128 inner values and 8 heads: groups of 32 inputs and 8 chips divide them.
+WIDE: dict[str, Any] = {"intermediate_size": 128, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 2}
+
+
+def save(folder: Path, name: str, **changes: Any) -> str:
+    kind, arguments = TINY[name]
+    save_random_checkpoint(getattr(transformers, kind)(**copy.deepcopy({**arguments, **changes})), folder)
+    return str(folder)
+
+
+def run(num_chips: int, is_warm: bool, cases: list[tuple[str, dict[str, Any]]], **environment: str) -> list[Any]:
+    command = [sys.executable, str(PROGRAM), str(num_chips), str(int(is_warm)), json.dumps(cases)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"chips"')]
+
+
+def test_four_chips_give_the_ids_of_the_cpu_for_every_architecture(tmp_path: Path) -> None:
+    """With 2 key heads, or one: neighbours have the same."""
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (save(tmp_path / name, name, **SHALLOW), {}) for name in ONE_PER_ARCHITECTURE
+    ]
+    for name, result in zip(ONE_PER_ARCHITECTURE, run(4, False, cases, XLA_FLAGS=QUICK), strict=True):
+        assert result["chips"]["ids"] == result["cpu"]["ids"], name
+
+
+def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not_divide(tmp_path: Path) -> None:
+    plain = save(tmp_path / "int4", "llama-biases", vocab_size=163, **WIDE)
+    quantize_checkpoint(plain, tmp_path / "published", "int4_g32")
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (plain, {"quantization": "int4_g32"}),
+        (str(tmp_path / "published"), {}),
+        (save(tmp_path / "int8", "llama-tied", vocab_size=163, **WIDE), {"quantization": "int8"}),
+        (
+            save(tmp_path / "experts", "qwen2-moe", shared_expert_intermediate_size=64, **WIDE),
+            {"quantization": "int8", "moe_mode": "capacity", "moe_capacity_factor": 0.8},
+        ),
+    ]
+    results = run(8, False, cases, XLA_FLAGS=QUICK)
+    assert len(results) == len(cases)
+    for result in results:
+        assert result["chips"]["ids"] == result["cpu"]["ids"]
+    assert results[-1]["chips"]["dropped"] > 0
+
+
+def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once(tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "llama")
+    dump = tmp_path / "dump"
+    flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    options = {"quantization": "int8", "kv_cache_dtype": "int8", "max_num_batched_tokens": 32}  # two buckets
+    (result,) = run(2, True, [(folder, options)], XLA_FLAGS=flags)
+    assert result["chips"]["ids"] == result["cpu"]["ids"]
+    assert result["chips"]["compiled"] == 0
+    # 1 + 8 requests * 4 pages, 16 tokens, one of 2 heads of 16.
+    texts = [path.read_text() for path in dump.glob("*after_optimizations.txt")]
+    steps = [text for text in texts if re.search(r"s8\[2,33,16,1,16\](\{[^}]*\})? parameter\(", text)]
+    assert len(steps) == 2, "a program for each bucket"
+    for text in steps:
+        found = re.findall(COLLECTIVES, text)
+        # The embeddings' rows are added up too, and the vocabulary's logits gathered.
+        assert sorted(found) == ["all-gather"] + ["all-reduce"] * (2 * 3 + 1)
+        (gathered,) = re.findall(r" = (\S+?)\[([\d,]+)\]\S* all-gather\(", text)
+        assert gathered == ("f32", "8,160")
+        aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
+        assert aliases is not None and aliases.group(1).count("may-alias") == 6, text[:500]
+    others = [found for text in texts if text not in steps for found in re.findall(COLLECTIVES, text)]
+    assert set(others) <= {"all-gather"}, "sampling works on what every chip has; the head gathers its logits"
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+@pytest.mark.parametrize("num_cores", [0, 1])
+def test_the_tpu_compiler_takes_the_program_of_all_chips(tmp_path: Path, num_cores: int) -> None:
+    """For v5e 2x2, without the attention kernel and with it on each chip's own pages."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = Path(__file__).parents[1] / "benchmarks" / "configs" / "llama-3-8b.json"
+    raw = json.loads(config.read_text()) | sizes | {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    command = [sys.executable, str(PROGRAM.with_name("spmd_trace.py")), str(tmp_path / "config.json"), "4"]
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    done = subprocess.run(
+        [*command, str(num_cores), str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    traced = json.loads(done.stdout.splitlines()[-1])
+    text = (tmp_path / "module.mlir").read_text()
+    program = aot.compile_hlo(text, "v5e:2x2", num_devices=4, donate=tuple(traced["donated"]))
+    assert Counter(re.findall(COLLECTIVES, program.hlo)) == {"all-reduce": 5, "all-gather": 1}
+    assert program.hlo.count('custom_call_target="tpu_custom_call"') == 2 * num_cores
+    assert traced["cache_bytes"] <= program.alias_bytes < 1.2 * traced["cache_bytes"]
+
+
+def test_more_chips_than_there_are_and_chips_after_one_are_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, "llama")
+    program = (
+        "import sys\nfrom torchinfer import LLM, TorchinferError\n"
+        "for size in (4, 1, 2, 1):\n"
+        "    try:\n"
+        "        LLM(sys.argv[1], device='xla', tensor_parallel_size=size, max_num_requests=8, progress=False,"
+        " max_num_batched_tokens=16, max_model_len=20).close()\n"
+        "    except TorchinferError as error:\n"
+        "        print(size, error)\n"
+    )
+    command = [sys.executable, "-c", program, folder]
+    environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("4 tensor_parallel_size=4, but this process has 2 CPU chips")
+    assert "use tensor_parallel_size=2 (CPU_NUM_DEVICES is their number" in lines[0]
+    assert lines[1].startswith("2 tensor_parallel_size=2, but this process has used XLA on one chip")

@@ -1,0 +1,50 @@
+"""A checkpoint into a model that several chips of XLA divide: each tensor is put together, quantized, on the host, cut,
+and sent to the chips, a share to each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torchinfer import spmd
+from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.weights import LoadOptions, build_empty, load_weights
+from torchinfer.models.config import ModelConfig
+from torchinfer.parallel import DividedModel, Shard, divide, tensors_of
+
+HOST = torch.device("cpu")
+
+
+def load_divided(
+    checkpoint: Checkpoint,
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_chips: int,
+    *,
+    options: LoadOptions,
+    quantization: str | Mapping[str, str] | None = None,
+    moe_mode: str = "dropless",
+    moe_capacity_factor: float = 1.25,
+    progress: bool = False,
+) -> DividedModel:
+    """Build the model of a config without `partition_problems`, divide it, and send its tensors to the chips. They are
+    quantized as on one chip, bit by bit.
+
+    Raises what `load_model` raises, and:
+        ConfigError: the chips cannot divide the quantized matrices.
+    """
+    whole, checkpoint = build_empty(checkpoint, model_config, device, quantization, moe_mode, moe_capacity_factor)
+    model = divide(whole, num_chips)
+
+    def deliver(name: str, tensor: Tensor) -> Tensor:
+        division = model.divisions[name]
+        return spmd.put(lambda chip: division.of(tensor, Shard(chip, num_chips)), division.place, num_chips)
+
+    load_weights(whole, checkpoint, dtype, HOST, progress, options, deliver=deliver)
+    loaded = whole.state_dict()
+    for name, tensor in tensors_of(whole).items():
+        model.tensors[name] = tensor if name in loaded else deliver(name, tensor)  # what no checkpoint has: constants
+    return model
