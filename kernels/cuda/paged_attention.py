@@ -122,18 +122,10 @@ def _decode(
         num_warps=2 if block_rows == 16 else 4,
         num_stages=5 if kv_cache.data.itemsize < 4 else 3,
     )
+    merged = {"HEADS": num_heads, "SIZE": size, "HAS_WINDOW": numbers["HAS_WINDOW"], "window": numbers["window"]}
+    rows = {"query_start": batch.query_start, "kv_length": batch.kv_length}
     merge_kernel[(launch.num_rows, num_heads)](
-        partial,
-        statistics,
-        batch.query_start,
-        batch.kv_length,
-        result,
-        num_spans,
-        numbers["window"],
-        HEADS=num_heads,
-        SIZE=size,
-        HAS_WINDOW=numbers["HAS_WINDOW"],
-        **tiles,
+        partial, statistics, result=result, num_spans=num_spans, **rows, **merged, **tiles
     )
 
 
