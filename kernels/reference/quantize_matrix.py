@@ -72,8 +72,9 @@ def _nibbles(quotients: Tensor) -> Tensor:
 
 def _sum(numbers: Tensor) -> Tensor:
     """[R, G, column_block] -> [R, G], in an order of its own: which scale is best must not depend on the machine."""
-    lanes = functional.pad(numbers, (0, -numbers.shape[2] % LANES)).unflatten(2, (-1, LANES))
-    total = lanes[:, :, 0]
+    padded = functional.pad(numbers, (0, -numbers.shape[2] % LANES))
+    lanes = padded.reshape(*numbers.shape[:2], -1, LANES)
+    total: Tensor = lanes[:, :, 0]
     for index in range(1, lanes.shape[2]):
         total = total + lanes[:, :, index]
     while total.shape[2] > 1:
