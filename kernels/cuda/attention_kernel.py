@@ -102,7 +102,7 @@ def attend(
         # Zeros past the context, not only masked scores: nobody knows what lies there, and zero times NaN is NaN.
         mask = is_there[None, :] & (column < SIZE)[:, None] if SIZE < BLOCK_SIZE else is_there[None, :]
         keys = tl.load(data + place[None, :] * SIZE + column[:, None], mask=mask, other=0.0)
-        scores = tl.dot(query, keys.to(KEY), input_precision="ieee") * score_scale
+        scores = tl.dot(query, keys.to(KEY), input_precision="tf32x3") * score_scale
         if HAS_SCALE:
             scores *= tl.load(scales + place, mask=is_there, other=0.0)[None, :]
         if HAS_CAP:
@@ -136,7 +136,7 @@ def attend(
                 weights *= tl.load(scales + half + place, mask=is_there, other=0.0)[None, :]
             mask = is_there[:, None] & (column < SIZE)[None, :] if SIZE < BLOCK_SIZE else is_there[:, None]
             values = tl.load(data + (half + place)[:, None] * SIZE + column[None, :], mask=mask, other=0.0)
-            product = tl.dot(weights.to(VALUE), values.to(VALUE), input_precision="ieee")
+            product = tl.dot(weights.to(VALUE), values.to(VALUE), input_precision="tf32x3")
             result = result * shrink[:, None] + product
     return largest, total, result, second
 

@@ -126,19 +126,24 @@ def multiply(
     matmul_kernel[(num_row_blocks * num_blocks,)](
         x=x,
         row_scale=row_scale,
-        group_sizes=group_sizes,
         result=result,
         num_rows=num_rows,
         num_row_blocks=num_row_blocks,
         stride=x.stride(0),
-        NUM_GROUPS=num_groups,
-        BLOCK_GROUPS=triton.next_power_of_2(num_groups + 1),
         HAS_ROW_SCALE=row_scale is not None,
         ACTIVATION=activation,
         SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
+        **_of_groups(group_sizes),
         **_of_matrix(matrix, tiles),
     )
     return result
+
+
+def _of_groups(group_sizes: Tensor | None) -> dict[str, Any]:
+    """Arguments of the launch that follow from the groups."""
+    num_groups = 0 if group_sizes is None else len(group_sizes)
+    block = triton.next_power_of_2(num_groups + 1)
+    return {"group_sizes": group_sizes, "NUM_GROUPS": num_groups, "BLOCK_GROUPS": block}
 
 
 def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:

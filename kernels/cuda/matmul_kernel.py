@@ -64,7 +64,7 @@ def multiply_add(a: tl.tensor, b: tl.tensor, total: tl.tensor, SUM: tl.constexpr
         # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
         total = tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
     else:
-        total = tl.dot(a, b, total, input_precision="ieee", out_dtype=SUM)
+        total = tl.dot(a, b, total, input_precision="tf32x3", out_dtype=SUM)
     return total
 
 
@@ -156,7 +156,7 @@ def matmul_kernel(
                     c = (b.to(tl.int16) - offset).to(a.dtype)
                 else:
                     c = b.to(a.dtype)
-                product = tl.dot(a, c, product, input_precision="ieee")
+                product = tl.dot(a, c, product, input_precision="tf32x3")
             if COLUMN_BLOCK > 0:
                 product *= tl.load(scale + scale_place * num_columns + column)[None, :]
             total += product

@@ -98,7 +98,7 @@ def _decode(
     num_kv_heads = kv_cache.data.shape[3]
     block_heads = min(num_heads // num_kv_heads, 64)
     block_rows = max(16, triton.next_power_of_2(block_heads))
-    tiles = {"BLOCK_SIZE": max(32, triton.next_power_of_2(size)), "BLOCK_KEYS": 64 if size <= 128 else 32}
+    tiles = {"BLOCK_SIZE": max(32, triton.next_power_of_2(size)), "BLOCK_KEYS": _block_keys(query, size)}
     seen = min(launch.max_length, numbers["window"] + tiles["BLOCK_KEYS"] if numbers["window"] else launch.max_length)
     num_spans = min(-(-seen // LEAST_SPAN.value), MOST_SPANS.value)
     partial = query.new_empty((launch.num_rows, num_heads, num_spans, size), dtype=torch.float32)
@@ -122,18 +122,10 @@ def _decode(
         num_warps=2 if block_rows == 16 else 4,
         num_stages=5 if kv_cache.data.itemsize < 4 else 3,
     )
+    merged = {"HEADS": num_heads, "SIZE": size, "HAS_WINDOW": numbers["HAS_WINDOW"], "window": numbers["window"]}
+    rows = {"query_start": batch.query_start, "kv_length": batch.kv_length}
     merge_kernel[(launch.num_rows, num_heads)](
-        partial,
-        statistics,
-        batch.query_start,
-        batch.kv_length,
-        result,
-        num_spans,
-        numbers["window"],
-        HEADS=num_heads,
-        SIZE=size,
-        HAS_WINDOW=numbers["HAS_WINDOW"],
-        **tiles,
+        partial, statistics, result=result, num_spans=num_spans, **rows, **merged, **tiles
     )
 
 
@@ -141,7 +133,7 @@ def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Te
     """Rows of several tokens, each in blocks of them."""
     num_tokens, num_heads, size = query.shape
     num_rows, num_kv_heads = len(batch.kv_length), kv_cache.data.shape[3]
-    block_rows = 128 if size <= 128 else 64
+    block_rows = 2 * _block_keys(query, size)
     block_heads = min(num_heads // num_kv_heads, block_rows)
     block_tokens = block_rows // block_heads
     grid = (
@@ -160,12 +152,17 @@ def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Te
         BLOCK_HEADS=block_heads,
         BLOCK_ROWS=block_rows,
         BLOCK_SIZE=max(32, triton.next_power_of_2(size)),
-        BLOCK_KEYS=64 if size <= 128 else 32,
+        BLOCK_KEYS=_block_keys(query, size),
         **numbers,
         **_dots(query.dtype, kv_cache.data.dtype),
         num_warps=8,
-        num_stages=2,
+        num_stages=1 if query.dtype == torch.float32 else 2,
     )
+
+
+def _block_keys(query: Tensor, size: int) -> int:
+    """Keys of a step. In float32 a product of tiles is three, and a tile takes twice the shared memory."""
+    return (64 if size <= 128 else 32) // (2 if query.dtype == torch.float32 else 1)
 
 
 def _cache_and_rows(kv_cache: KVCache, batch: Batch) -> dict[str, Any]:

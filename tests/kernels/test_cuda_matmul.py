@@ -22,8 +22,8 @@ from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
 from torchinfer.testing import assert_close
 
-# Rows, inputs, outputs: tiles of 16 to 128 rows, 32 or 64 outputs, and 64 or 128 inputs, whole and cut.
-SHAPES = [(1, 128, 64), (5, 250, 33), (33, 384, 70), (130, 128, 130)]
+# Rows, inputs, outputs: tiles of 16 to 64 rows, square ones of 128; whole and cut in each direction.
+SHAPES = [(1, 128, 64), (5, 250, 33), (33, 384, 70), (130, 64, 34)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [[3, 0, 17, 1], [0, 0, 0, 0], [23, 0, 0, 0], [0, 0, 0, 23], [2, 3, 0, 0]]
 

@@ -24,7 +24,7 @@ def compiled(capability: str, cases: str, folder: Path) -> list[dict[str, Any]]:
     """In a process of its own: in this one Triton interprets."""
     command = [sys.executable, str(BENCHMARK), "--compile", capability, "--cases", cases]
     env = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["results"]
     assert len(results) >= len(cases.split(","))
@@ -33,13 +33,17 @@ def compiled(capability: str, cases: str, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = "decode bf16 head 128,decode int8 head 128,decode fp8 head 128,prefill,linear,grouped,glue"
+    attention = "decode bf16 head 128,decode int8 head 128,decode fp8 head 128,prefill int8"
+    linear = (
+        "linear int8 8b-gate_up 1 row,linear fp8 8b-gate_up 1 row,linear int4 8b-gate_up 64,fp8_w8a8 8b-gate_up 4096"
+    )
+    cases = f"{attention},{linear},grouped bf16,glue"
     return compiled("9.0", cases, tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[dict[str, Any]]) -> None:
     names = {"decode_kernel", "merge_kernel", "chunk_kernel", "matmul_kernel", "quantize_rows_kernel", "write_kernel"}
-    names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel"}
+    names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel", "sample_kernel"}
     assert {found["name"] for found in on_hopper} == names
     for found in on_hopper:
         assert found["stack_bytes"] <= 8 and found["registers"] <= 255, found  # two registers, so that more blocks fit
@@ -72,6 +76,6 @@ def test_a_round_takes_fewer_cycles_to_issue_than_its_bytes_take_from_memory(
 
 def test_kernels_fit_an_ada_and_an_ampere(tmp_path: Path) -> None:
     ada = compiled("8.9", "decode fp8 head 128,linear fp8_w8a8 8b-gate_up 4096", tmp_path)
-    ampere = compiled("8.0", "decode int8 head 128,linear int4 8b-gate_up 1 rows,prefill bf16", tmp_path)
+    ampere = compiled("8.0", "linear int4 8b-gate_up 1 rows", tmp_path)
     for found in ada + ampere:
         assert found["stack_bytes"] <= 8 and found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found

@@ -1,0 +1,52 @@
+"""Whole tiny models through the kernels for CUDA: what layers hand to the door is what the kernels take."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from torchinfer import kernels
+from torchinfer.loader import Checkpoint, load_model
+from torchinfer.models.config import ModelConfig
+from torchinfer.testing import PagedDriver, assert_close, save_random_checkpoint, tiny_config
+
+# A prompt, a decode beside another prompt, and a chunk.
+STEPS = ({"a": [2, 3, 4, 5]}, {"a": [7], "b": [3, 1, 4]}, {"b": [2, 6]})
+
+
+def logits_of(folder: Path, device: str, backend: str, scheme: str | None, cache: torch.dtype | None) -> list[Tensor]:
+    """Of all steps, with a backend's ports on a device."""
+    table = {}
+    for op, backends in kernels.PORTS.items():
+        port = backend if backend in backends else "reference"
+        table[op] = getattr(import_module(f"torchinfer.kernels.{port}.{op}"), op)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(kernels._loaded, device, table)
+        checkpoint = Checkpoint.open(folder)
+        config = ModelConfig.from_dict(checkpoint.config)
+        model = load_model(checkpoint, config, torch.float32, torch.device(device), quantization=scheme)
+        driver = PagedDriver(model, kv_cache_dtype=cache)
+        return [logits.cpu() for step in STEPS for logits in driver.step(step).values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "cache"),
+    [("gemma2", None, None), ("qwen3-moe", "int8", torch.int8)],
+)
+def test_logits_equal_those_of_the_reference(
+    gpu: str, name: str, scheme: str | None, cache: torch.dtype | None, tmp_path: Path
+) -> None:
+    save_random_checkpoint(tiny_config(name), tmp_path)
+    actual = logits_of(tmp_path, gpu, "cuda", scheme, cache)
+    expected = logits_of(tmp_path, "cpu", "reference", scheme, cache)
+    # Between two whole numbers of 8 bits the last bit of float32 decides: then results differ by a step.
+    tolerance = torch.float32 if cache is None else torch.bfloat16
+    assert len(actual) == len(expected) == 4
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_close(ours, theirs, tolerance)
