@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from torchinfer import LLM, ConfigError, Output, SamplingParams
-from torchinfer.kv_cache.tensors import allocate, page_bytes, resolve_cache_dtype
+from torchinfer.kv_cache.tensors import allocate, kernel_pages, page_bytes, resolve_cache_dtype, resolve_page_size
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.models.config import ModelConfig
 
@@ -91,6 +91,30 @@ def test_a_page_takes_the_bytes_that_are_allocated(
     assert page_bytes(model, 16, dtype) == expected
     caches = allocate(model, 3, 16, dtype, torch.device("cpu"))
     assert sum(tensor.nbytes for cache in caches for tensor in cache.tensors) == 3 * expected
+
+
+def test_pages_of_the_tpus_kernel_take_the_bytes_that_are_allocated(model: ModelConfig) -> None:
+    pages = kernel_pages(model, torch.int8, 2)
+    assert pages is not None and resolve_page_size(None, pages) == resolve_page_size(128, pages) == 128
+    caches = allocate(model, 3, 128, torch.int8, torch.device("meta"), pages)
+    assert [cache.data.shape for cache in caches] == [(3, pages.num_rows, 128)] * model.num_layers
+    assert sum(tensor.nbytes for cache in caches for tensor in cache.tensors) == 3 * page_bytes(
+        model, 128, torch.int8, pages
+    )
+
+
+def test_a_cache_that_the_tpus_kernel_cannot_take_is_gathered_and_the_log_says_so(
+    model: ModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "torchinfer"):
+        assert kernel_pages(model, torch.float32, 1) is None
+        assert kernel_pages(replace(model, num_heads=129 * model.num_kv_heads), torch.int8, 1) is None
+        assert kernel_pages(model, torch.float32, None) is None  # no TPU, no word
+    reasons = [record.message for record in caplog.records]
+    assert len(reasons) == 2 and all("attention gathers pages" in reason for reason in reasons)
+    assert "a cache of dtype float32 is not among bfloat16, int8, float8_e4m3fn" in reasons[0]
+    assert "each KV head needs 1 to 128 whole query heads" in reasons[1]
+    assert resolve_page_size(None, None) == 16 and resolve_page_size(32, None) == 32
 
 
 def test_int8_holds_at_least_1_88_times_the_tokens_of_bfloat16_at_head_size_128(model: ModelConfig) -> None:

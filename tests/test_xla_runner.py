@@ -131,7 +131,7 @@ def kernel_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernel_pages")
 @pytest.mark.parametrize(
     ("name", "kv_cache_dtype"),
-    [("llama", "int8"), ("llama-one-key-head", "fp8"), ("gemma2", "bfloat16"), ("gptj", "int8")],
+    [("llama", "int8"), ("llama-one-key-head", "fp8"), ("gemma2", "bfloat16")],
 )
 def test_pages_of_the_attention_kernel_give_the_cpus_ids_and_compile_nothing_after_the_warm_up(
     name: str, kv_cache_dtype: str, tmp_path: Path
@@ -158,17 +158,6 @@ def test_another_page_size_than_the_kernels_is_refused_before_weights_are_loaded
     monkeypatch.delattr(startup, "load_model")
     with pytest.raises(ConfigError, match=r"page_size=16: .* pages of 128 tokens; use 128, or leave it out"):
         LLM(checkpoint, **OPTIONS, kv_cache_dtype="int8", page_size=16)
-
-
-@pytest.mark.usefixtures("kernel_pages")
-def test_a_cache_that_the_kernel_cannot_take_is_gathered_and_the_log_says_so(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = OPTIONS | {"max_num_batched_tokens": 8, "max_model_len": 32}
-    with caplog.at_level("INFO", "torchinfer"), LLM(checkpoint, **options) as llm:
-        assert llm.model_info.page_size == 16
-    lines = [record.message for record in caplog.records if "attention gathers pages" in record.message]
-    assert len(lines) == 1 and "a cache of dtype float32 is not among bfloat16, int8, float8_e4m3fn" in lines[0]
 
 
 def test_every_parameter_equals_the_cpu_and_nothing_is_compiled_after_the_warm_up(checkpoint: Path) -> None:
