@@ -52,7 +52,7 @@ def make_block(variant: str, dtype: torch.dtype) -> tuple[Block, Rope]:
     for parameter in block.parameters():
         parameter.data = (torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5).to(dtype)
     for module in block.modules():
-        prepare_matrices(module)
+        prepare_matrices(module, None)
     return block, Rope(config.rope)
 
 
