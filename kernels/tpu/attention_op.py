@@ -12,7 +12,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import torch
 from jax import Array
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.tpu.attention_chunk import KernelConfig
+from torchinfer.kernels.tpu.exported import Shapes, export_for_tpu, shapes_of
 from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout
 from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages
 from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention
@@ -78,8 +78,7 @@ def _op(
         numbers, scales = map(list, zip(*(quantize_rows(each, DTYPES[dtype]) for each in (key, value)), strict=True))
     arguments = (query, *numbers, *scales, pages, query_start, kv_length, page_table)
     if num_cores:
-        shapes = tuple((tuple(each.shape), _name(each.dtype)) for each in arguments)
-        function = _kernel(config, scale, shapes)
+        function = _kernel(config, scale, shapes_of(arguments))
     else:
         function = _formulation(config, scale)
     result, written = xla_builder.call_jax(function, arguments)
@@ -91,21 +90,13 @@ def _(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, *rest: Any) -> t
     return torch.empty_like(query), torch.empty_like(pages)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# Nothing is forgotten: torch_xla knows a function by its id.
+@functools.cache
+def _kernel(config: KernelConfig, scale: float, shapes: Shapes) -> Any:
+    return export_for_tpu(functools.partial(_with_optional_scales, ragged_paged_attention, config, scale), shapes)
 
 
-@functools.lru_cache
-def _kernel(config: KernelConfig, scale: float, shapes: tuple[tuple[tuple[int, ...], str], ...]) -> Any:
-    """The kernel for a TPU, wherever it is traced: an export has the format of kernels that libtpu reads, and may be
-    called in a program for another platform, which then cannot run."""
-    function = functools.partial(_with_optional_scales, ragged_paged_attention, config, scale)
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape, dtype in shapes]
-    checks = [jax.export.DisabledSafetyCheck.platform()]
-    return jax.export.export(jax.jit(function), platforms=("tpu",), disabled_checks=checks)(*arguments).call
-
-
-@functools.lru_cache
+@functools.cache
 def _formulation(config: KernelConfig, scale: float) -> Any:
     return functools.partial(_with_optional_scales, attend_with_xla, config, scale)
 
