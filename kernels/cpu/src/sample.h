@@ -23,6 +23,11 @@ inline float value_of(int64_t key) {
     return as_float(static_cast<uint32_t>(bits >= 0 ? bits : bits ^ 0x7fffffff));
 }
 
+// The first `count` of 16 logits; the others are minus infinity.
+inline F load_logits(const float* value, int64_t count) {
+    return count >= 16 ? load(value) : keep_range(load_part(value, count), 0, count);
+}
+
 // Logits with what each counts: its probability, or 1 where `mass` is null.
 struct Weighted {
     const float* value;
@@ -34,7 +39,7 @@ struct Weighted {
         F total = zero_float();
         for (int64_t i = 0; i < count; i += 16) {
             const F weight = mass == nullptr ? set(1.0f) : load_some(mass + i, count - i);
-            const F values = count - i >= 16 ? load(value + i) : keep_range(load_part(value + i, count - i), 0, count - i);
+            const F values = load_logits(value + i, count - i);
             total = add(total, where_above(values, set(limit), weight));
         }
         return sum(total);
@@ -58,7 +63,7 @@ inline int64_t first_largest(const float* value, int64_t count) {
         const int64_t end = block + kSampleBlock < count ? block + kSampleBlock : count;
         F here = set(-__builtin_inff());
         for (int64_t i = block; i < end; i += 16) {
-            const F values = end - i >= 16 ? load(value + i) : keep_range(load_part(value + i, end - i), 0, end - i);
+            const F values = load_logits(value + i, end - i);
             here = max(values, here);  // of NaN and a number, x86 takes the second
         }
         if (!(largest(here) > most)) continue;
@@ -90,8 +95,7 @@ struct SampleRow {
 
   private:
     F mass_of(int64_t i, int64_t end) const {
-        const F values = end - i >= 16 ? load(value + i) : keep_range(load_part(value + i, end - i), 0, end - i);
-        return exp(sub(values, set(most)));
+        return exp(sub(load_logits(value + i, end - i), set(most)));
     }
     // The smallest logit that is kept, or minus infinity.
     float threshold() const {
@@ -173,7 +177,7 @@ struct SampleRow {
     }
     F kept(int64_t i, int64_t end, float least) const {
         const F mass = mass_of(i, end);
-        const F values = end - i >= 16 ? load(value + i) : load_part(value + i, end - i);
+        const F values = load_some(value + i, end - i);
         return sub(mass, where_above(set(least), values, mass));
     }
 };
