@@ -8,7 +8,7 @@ import torch
 from torchinfer.request import SamplingParams
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.sequence import Sequence
-from torchinfer.step_input import StepShape, pack, sampling_record, unpack, unpack_sampling
+from torchinfer.step_input import StepShape, buckets, pack, sampling_record, unpack, unpack_sampling
 
 PAGE_SIZE = 4
 PAGE_TABLE = np.array([[3, 5, 0], [7, 2, 9]], np.int32)
@@ -79,3 +79,10 @@ def test_fed_tokens_come_from_the_last_steps_ids() -> None:
     packed = torch.from_numpy(pack(fed, PAGE_TABLE, PAGE_SIZE, shape).packed)
     step = unpack(packed[: shape.num_forward], shape, PAGE_SIZE, fed).fed(torch.tensor([90, 91, 92], dtype=torch.int32))
     assert step.batch.tokens.tolist() == [92, 21, 22, 23]
+
+
+def test_buckets_are_powers_of_two_that_hold_the_largest() -> None:
+    assert buckets(16, 16) == [16]
+    assert buckets(8, 64) == [8, 16, 32, 64]
+    assert buckets(16, 500) == [16, 32, 64, 128, 256, 512]
+    assert buckets(128, 2049, 4) == [128, 512, 2048, 8192]

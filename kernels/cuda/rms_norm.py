@@ -48,7 +48,7 @@ def rms_norm(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x: tl.tensor,  # rows of `size` numbers, `num_inner` of them every `stride_outer`
     weight: tl.tensor,  # [D]
