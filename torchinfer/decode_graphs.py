@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,9 +101,7 @@ class DecodeGraphs:
         seconds, taken = time.monotonic() - start, before - free_memory_bytes(self._device)
         logger.info("captured %d CUDA graphs in %.1f s, %.2f GiB", len(shapes), seconds, taken / GIB)
 
-    def _captured(
-        self, shape: StepShape, pool: tuple[int, int], stream: torch.cuda.Stream
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _captured(self, shape: StepShape, pool: Any, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         packed = self._send(Plan(), np.zeros((1, shape.table_width), np.int32), shape)
         current = torch.cuda.current_stream(self._device)
         stream.wait_stream(current)

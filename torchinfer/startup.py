@@ -224,9 +224,8 @@ def _measure_memory(
     """
     release_memory(device)
     sizes = _sizes(config, max_model_len, page_size)
-    runner = EagerRunner(
-        model, allocate(model.config, 1, page_size, kv_cache_dtype, device), page_size, device, **sizes
-    )
+    kv_caches = allocate(model.config, 1, page_size, kv_cache_dtype, device)
+    runner = EagerRunner(model, kv_caches, page_size, device, **sizes, has_buckets=False, memory=None)
     total = total_memory_bytes(device)
     before = total - free_memory_bytes(device)
     try:
