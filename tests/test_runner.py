@@ -36,6 +36,7 @@ class BucketRunner(EagerRunner):
 
     def __init__(self, *arguments: Any, **sizes: Any) -> None:
         super().__init__(*arguments, **(sizes | {"has_buckets": True}))
+        self.overlaps = True  # so that ids are fed on the device
 
     def _forward_decodes(self, packed: Tensor, shape: StepShape) -> Tensor:
         self.shapes.append(shape)
