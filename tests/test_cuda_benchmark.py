@@ -1,4 +1,4 @@
-"""benchmarks/cuda_engine.py, with a tiny model on the CPU: every part of it runs, and one that takes too long is ended."""
+"""benchmarks/cuda_engine.py with a tiny model on the CPU: every part runs, and one that takes too long is ended."""
 
 from __future__ import annotations
 
