@@ -36,6 +36,8 @@ PORTS: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("cpu", "tpu", "cuda"),
     "grouped_gated_matmul": ("cpu", "tpu", "cuda"),
     "quantized_matmul": ("cuda",),
+    "linear_of_norm": ("cuda",),
+    "linear_of_gated": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu", "tpu", "cuda"),
@@ -167,6 +169,34 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: T
         product = quantized_matmul(x, weight)
         return product if bias is None else product + bias
     return _port("linear", x)(x, weight, bias)
+
+
+def linear_of_norm(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    offset: float,
+    weight: Tensor | QuantizedWeight | PreparedWeight,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`linear` of `rms_norm`, with its bits; in fewer passes where inputs are rounded to 8 bits and the device can.
+
+    x: [N, I]; norm_weight: [I]; weight: [O, I]. Returns [N, O].
+    """
+    if not isinstance(weight, QuantizedWeight) or weight.activations == "none":
+        return linear(rms_norm(x, norm_weight, epsilon, offset), weight, bias)
+    product = _port("linear_of_norm", x)(x, norm_weight, epsilon, offset, weight)
+    return product if bias is None else product + bias
+
+
+def linear_of_gated(
+    gate_up: Tensor, activation: str, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None
+) -> Tensor:
+    """`linear` of `gated_activation`, as `linear_of_norm`. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
+    if not isinstance(weight, QuantizedWeight) or weight.activations == "none":
+        return linear(gated_activation(gate_up, activation), weight, bias)
+    product = _port("linear_of_gated", gate_up)(gate_up, activation, weight)
+    return product if bias is None else product + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:
