@@ -37,7 +37,7 @@ def logits_of(folder: Path, device: str, backend: str, scheme: str | None, cache
 
 @pytest.mark.parametrize(
     ("name", "scheme", "cache"),
-    [("gemma2", None, None), ("qwen3-moe", "int8", torch.int8)],
+    [("gemma2", None, None), ("qwen3-moe", "int8", torch.int8), ("llama", "int8_w8a8", None)],
 )
 def test_logits_equal_those_of_the_reference(
     gpu: str, name: str, scheme: str | None, cache: torch.dtype | None, tmp_path: Path
@@ -46,7 +46,7 @@ def test_logits_equal_those_of_the_reference(
     actual = logits_of(tmp_path, gpu, "cuda", scheme, cache)
     expected = logits_of(tmp_path, "cpu", "reference", scheme, cache)
     # Between two whole numbers of 8 bits the last bit of float32 decides: then results differ by a step.
-    tolerance = torch.float32 if cache is None else torch.bfloat16
+    tolerance = torch.float32 if scheme is None else torch.bfloat16
     assert len(actual) == len(expected) == 4
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs, tolerance)
