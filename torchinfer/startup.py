@@ -92,7 +92,6 @@ def start_engine(config: EngineConfig) -> Engine:
     )
     if memory is not None:
         memory = replace(memory, cache=num_pages * bytes_per_page)
-        logger.info("memory of %s: %s", device, memory)
     num_chips = config.tensor_parallel_size
     kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
@@ -240,7 +239,9 @@ def _measure_memory(
             f"{before / MIB:.0f} of {total / MIB:.0f} MiB: lower them, or quantize the weights"
         ) from error
     taken = total - free_memory_bytes(device)
-    return MemoryPlan(total, taken, max(peaks), peaks[1] if config.cuda_graphs else 0)
+    memory = MemoryPlan(total, taken, max(peaks), peaks[1] if config.cuda_graphs else 0)
+    logger.info("memory of %s, for the KV cache what is left: %s", device, memory)
+    return memory
 
 
 def _sizes(config: EngineConfig, max_model_len: int, page_size: int) -> dict[str, int]:
