@@ -23,7 +23,7 @@ from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
 from torchinfer.testing import assert_close
 
-SHAPES = [(1, 128, 64), (5, 250, 33), (17, 1100, 12)]  # rows, inputs, outputs
+SHAPES = [(1, 128, 64), (5, 250, 33), (7, 1100, 12)]  # rows, inputs, outputs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = ["int8_w8a8", "fp8_w8a8"]
 
@@ -71,7 +71,7 @@ def test_products_of_normalized_rows(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", ROUNDING)
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_products_of_gated_activations(
     gpu: str, name: str, activation: str, shape: tuple[int, int, int], only_fused: Any
 ) -> None:
