@@ -80,6 +80,7 @@ LAYERS = (
     ("torchinfer.spmd_runner",),
     ("torchinfer.xla_runner", "torchinfer.fake_runner", "torchinfer.fake_gcs", "torchinfer.testing"),
     ("torchinfer.runner", "torchinfer.spmd_step"),
+    ("torchinfer.decode_graphs", "torchinfer.step_memory"),
     ("torchinfer.step_input",),
     ("torchinfer.logit_edits", "torchinfer.scheduler", "torchinfer.output", "torchinfer.sampler"),
     ("torchinfer.writer",),

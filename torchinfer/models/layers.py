@@ -51,13 +51,23 @@ class Linear(Layer):
         """What the device's kernels made of the matrix, if they did."""
         return None if isinstance(self.weight, nn.Module | nn.Parameter) else self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, out]."""
-        weight = self.weight
-        if isinstance(weight, QuantizedMatrix):
-            bound = weight.scheme.input_bound
-            return kernels.linear(x if bound is None else x.clamp(-bound, bound), weight(), self.bias)
-        return kernels.linear(x, weight, self.bias)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """[N, in] -> [N, out], of norm(x) if there is a norm."""
+        matrix = self.weight
+        if not isinstance(matrix, QuantizedMatrix):
+            return kernels.linear(x if norm is None else norm(x), matrix, self.bias)
+        bound = matrix.scheme.input_bound
+        if norm is not None and bound is None:
+            return kernels.linear_of_norm(x, norm.weight, norm.epsilon, norm.offset, matrix(), self.bias)
+        x = x if norm is None else norm(x)
+        return kernels.linear(x if bound is None else x.clamp(-bound, bound), matrix(), self.bias)
+
+    def of_gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """[N, 2 * in] -> [N, out], of the gated activation."""
+        matrix = self.weight
+        if isinstance(matrix, QuantizedMatrix) and matrix.scheme.input_bound is None:
+            return kernels.linear_of_gated(gate_up, activation, matrix(), self.bias)
+        return self(kernels.gated_activation(gate_up, activation))
 
 
 def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
@@ -140,9 +150,11 @@ class Attention(Layer):
         self.window = config.windows[layer]
         self.is_interleaved = config.rope.is_interleaved
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]; writes this step's keys and values into kv_cache."""
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], of norm(x) if there is one; writes this step's keys and values into kv_cache."""
+        heads = self.qkv(x, norm).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
         query, key = self._rotate(query_key, rope)
         attended = kernels.attend_and_write(
@@ -169,9 +181,9 @@ class GatedMLP(Layer):
         self.down = Linear(intermediate_size, hidden_size, has_bias)
         self.activation = activation
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return self.down(kernels.gated_activation(self.gate_up(x), self.activation))
+    def forward(self, x: Tensor, batch: Batch, norm: RMSNorm | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], of norm(x) if there is a norm."""
+        return self.down.of_gated(self.gate_up(x, norm), self.activation)
 
 
 class MLP(Layer):

@@ -24,8 +24,8 @@ from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
 from torchinfer.planner.options import PlanOptions
 from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
-from torchinfer.step_input import StepShape
-from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS, buckets
+from torchinfer.step_input import StepShape, buckets
+from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS
 
 logger = logging.getLogger(__name__)
 
