@@ -36,7 +36,6 @@ def main() -> None:
     for model, options in cases:
         packs = options.pop("packs", False)
         startup.tensor_cores = lambda device, packs=packs: 0 if packs and device.type == "xla" else None
-        packed.clear()
         chips = run(model, is_warm, device="xla", tensor_parallel_size=num_chips, **options)
         cpu = run(model, is_warm, device="cpu", **options)
         print(json.dumps({"chips": chips, "cpu": cpu}), flush=True)
@@ -49,6 +48,7 @@ def run(model: str, is_warm: bool, **options: Any) -> dict[str, Any]:
     if is_warm:
         params[0] = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, seed=1, repetition_penalty=1.2)
         params[1] = SamplingParams(max_tokens=8, temperature=0, logprobs=2, prompt_logprobs=1)
+    packed.clear()
     with LLM(model, **COMMON | options) as llm:
         before = llm.stats().num_compilations
         outputs = llm.generate(prompts, params)

@@ -107,7 +107,7 @@ def test_a_graph_with_the_kernel_compiles_for_a_tpu_and_reads_the_logits_once(mo
 
     resolve_device("xla")
     kernels.load_ports("xla")
-    monkeypatch.setattr(port, "has_kernel", lambda device: True)
+    monkeypatch.setattr(port, "tensor_cores", lambda device: 1)
 
     def placeholder(*shape: int, dtype: torch.dtype = torch.float32) -> Any:
         return xla_builder.create_placeholder_tensor(shape, dtype)

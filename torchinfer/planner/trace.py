@@ -94,7 +94,7 @@ def trace_step(
         step = SpmdStep(_divided(source, num_chips, num_cores), page_size, pages)
         after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters], shape)
         results = [*after, hidden, logits]
-    text = _with_places(xla_model.get_stablehlo(results))
+    text = with_places(xla_model.get_stablehlo(results))
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
     return TracedStep(text, cache_arguments(text, types))
 
@@ -172,7 +172,7 @@ def _fill(model: Decoder) -> None:
                 setattr(module, name, replace(matrix, **fields))
 
 
-def _with_places(text: str) -> str:
+def with_places(text: str) -> str:
     """A program whose arguments say where they are, as what takes them first in its body does."""
     places = dict(re.findall(r'@Sharding\((%arg\d+)\) \{.*?mhlo\.sharding = ("[^"]*")', text))
     lines = text.splitlines(keepends=True)
