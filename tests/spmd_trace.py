@@ -12,7 +12,6 @@ import torch_xla.core.xla_model as xla_model
 from torchinfer import kernels, spmd
 from torchinfer.batch import KVCache
 from torchinfer.device import resolve_device
-from torchinfer.kernels.tpu import sample
 from torchinfer.parallel import divide
 from torchinfer.planner.source import read_source
 from torchinfer.planner.trace import with_places
@@ -25,8 +24,7 @@ ROWS = 8
 def main() -> None:
     config, num_chips, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     device = resolve_device("xla", num_chips)
-    kernels.load_ports("xla")
-    sample.tensor_cores = lambda device: 1
+    kernels.load_sampler()
     source = read_source(config, "bfloat16", "int8")
     model = divide(source.build(source.config), num_chips)
     caches = [KVCache(spmd.placeholder((8,), torch.int32, STACKED, num_chips))] * source.config.num_layers

@@ -82,6 +82,8 @@ def start_engine(config: EngineConfig) -> Engine:
         num_pages * bytes_per_page / MIB,
     )
     kernels.load_ports(device.type)
+    if tensor_cores(device):
+        kernels.load_sampler()
     num_chips = config.tensor_parallel_size
     kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)

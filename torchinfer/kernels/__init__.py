@@ -38,7 +38,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "quantized_matmul": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu", "tpu", "cuda"),
+    "sample": ("cpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
@@ -155,6 +155,11 @@ def load_page_attention() -> None:
     load_ports("xla")["attend_and_write"] = importlib.import_module(
         "torchinfer.kernels.tpu.attention_op"
     ).attend_and_write
+
+
+def load_sampler() -> None:
+    """Let the TPU's kernel draw tokens on XLA, where the reference would sort: jax is imported."""
+    load_ports("xla")["sample"] = importlib.import_module("torchinfer.kernels.tpu.sample_op").sample
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:

@@ -1,20 +1,18 @@
-"""Tokens drawn from logits on XLA: by the kernel on each chip of a TPU, else by the reference, with its sort."""
+"""Tokens drawn from logits by the kernel, as a torch op: what a model on torch_xla calls, on each chip for itself."""
 
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchinfer.device import tensor_cores
-from torchinfer.kernels.reference.sample import sample as reference
+from torchinfer.kernels.tpu.exported import Shapes, export_for_tpu, shapes_of
+from torchinfer.kernels.tpu.sample_kernel import sample_tokens
 
 if TYPE_CHECKING:
     from torchinfer.batch import SamplingTensors
-    from torchinfer.kernels.tpu.exported import Shapes
 
 
 def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
@@ -26,12 +24,7 @@ def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
 
 @torch.library.custom_op("torchinfer::sample_tokens", mutates_args=(), device_types="xla")
 def _op(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    if tensor_cores(logits.device) is None:
-        named: Any = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
-        return reference(logits, named, any_filter=True)
     import torch_xla.core.xla_builder as xla_builder
-
-    from torchinfer.kernels.tpu.exported import shapes_of
 
     arguments = logits, torch.stack((temperature, top_k.float(), top_p, min_p, uniform), 1)
     ids: Tensor = xla_builder.call_jax(_kernel(shapes_of(arguments)), arguments)
@@ -45,7 +38,4 @@ def _(logits: Tensor, *params: Tensor) -> Tensor:
 
 @functools.cache  # torch_xla knows a function by its id
 def _kernel(shapes: Shapes) -> Any:
-    from torchinfer.kernels.tpu.exported import export_for_tpu
-    from torchinfer.kernels.tpu.sample_kernel import sample_tokens
-
     return export_for_tpu(sample_tokens, shapes)
