@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import random
 import sys
+import weakref
 from typing import Any
 
 from torchinfer import LLM, SamplingParams, startup
 from torchinfer.models.layers import PreparedMatrix
-from torchinfer.parallel import DividedModel
+from torchinfer.parallel import DividedModel, tensors_of
 from torchinfer.spmd_matrices import prepare_chips
 from torchinfer.xla_runner import XlaRunner
 
@@ -62,8 +63,12 @@ def run(model: str, is_warm: bool, **options: Any) -> dict[str, Any]:
 
 
 def pack(model: DividedModel, *arguments: Any) -> None:
+    held = {name: weakref.ref(tensor) for name, tensor in model.tensors.items()}
     prepare_chips(model, *arguments)
     packed.extend(name for name, module in model.local.named_modules() if isinstance(module, PreparedMatrix))
+    assert all(tensor.is_meta for tensor in tensors_of(model.whole).values())
+    left = {name for name, tensor in held.items() if tensor() is not None}
+    assert left == {name for name in held if not name.startswith(tuple(packed))}
 
 
 if __name__ == "__main__":
