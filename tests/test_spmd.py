@@ -75,22 +75,23 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
 
 
 def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_ids_of_the_cpu(tmp_path: Path) -> None:
-    """Inner values of 40 and 80 a chip, which are padded; half a group of int4; experts; words beside what stays."""
+    """Inner values of 96 a chip, which are padded, with groups of 32 too; half a group of int4; experts; words beside
+    what stays."""
     dense = save(tmp_path / "dense", "llama-tied", vocab_size=163, **WIDE | {"hidden_size": 256, "head_dim": 32})
-    odd = save(tmp_path / "odd", "llama-biases", **WIDE | {"intermediate_size": 160})
+    odd = save(tmp_path / "odd", "llama-biases", **WIDE | {"intermediate_size": 384})
     moe = save(tmp_path / "moe", "mixtral", num_local_experts=3, **SHALLOW)
-    mixed = {"*.mlp.*": "fp8", "*.o_proj": "int8_w8a8", "*": "int4_g32"}
+    mixed = {"*.down_proj": "int4_g32", "*.mlp.*": "fp8", "*.[qkv]_proj": "int8_w8a8"}
     cases: list[tuple[str, dict[str, Any]]] = [
         (odd, {"quantization": "int8", "kv_cache_dtype": "int8"}),  # a cache in the attention kernel's pages
         (dense, {"quantization": "int4"}),
-        (dense, {"quantization": mixed}),
+        (odd, {"quantization": mixed}),
         (moe, {"quantization": "int8"}),
         (moe, {"quantization": None, "dtype": "bfloat16"}),
     ]
     packed = [8, 8, 6, 8, 4]
     results = run(4, True, [(model, options | {"packs": True}) for model, options in cases], XLA_FLAGS=QUICK)
-    for result, count in zip(results, packed, strict=True):
-        assert result["chips"]["ids"] == result["cpu"]["ids"]
+    for (_, options), result, count in zip(cases, results, packed, strict=True):
+        assert result["chips"]["ids"] == result["cpu"]["ids"], options
         assert result["chips"]["compiled"] == 0
         assert len(result["chips"]["packed"]) == count
 
