@@ -160,6 +160,7 @@ def load_page_attention() -> None:
 def load_sampler() -> None:
     """Let the TPU's kernel draw tokens on XLA, where the reference would sort: jax is imported."""
     load_ports("xla")["sample"] = importlib.import_module("torchinfer.kernels.tpu.sample_op").sample
+    logger.info("kernels for xla: the TPU's for sample")
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
