@@ -13,6 +13,8 @@ constexpr int64_t kMostRows = 1024;         // at once: a bound on the memory fo
 constexpr int64_t kTilesAtOnce = 8;         // use a chunk one after the other
 constexpr int64_t kFewTiles = 2;            // wait for memory; more of them compute longer than a chunk takes to come
 constexpr int64_t kManySteps = 512;         // of a chunk then: a block must not fill the second cache
+constexpr int64_t kFewLanes = 4;            // compute so little for a line that the machine's own prefetches are ahead
+constexpr int64_t kRunsOfThread = 8;        // of blocks: as many as that share the work evenly
 constexpr int64_t kSerialInputs = 1 << 14;  // fewer numbers are split into planes by the caller alone
 
 // What is done with a tile's results.
@@ -92,8 +94,17 @@ class Pass {
         }
     }
 
-    void multiply(Pool& threads) const {
-        parallel_for(threads, scratch_.num_segments * items_, [&](int64_t item, int) { compute_item(item); });
+    void multiply(Pool& threads, int64_t num_rows) const {
+        const int64_t run = blocks_of_run(num_rows), runs = (items_ + run - 1) / run;
+        const auto start_of = [&](int64_t at) -> const uint8_t* {
+            if (at >= scratch_.num_segments * runs) return nullptr;
+            return values_of(scratch_.segments[at / runs].expert, at % runs * run);
+        };
+        parallel_for(threads, scratch_.num_segments * runs, [&](int64_t at, int) {
+            const int64_t first = at % runs * run, last = first + run < items_ ? first + run : items_;
+            // Threads claim runs in turn, so the next one of this thread is most likely that.
+            compute_run(scratch_.segments[at / runs], first, last, start_of(at + num_threads_));
+        });
     }
 
   private:
@@ -129,45 +140,59 @@ class Pass {
         return weight_.values + (expert * blocks_ + block) * block_bytes_;
     }
 
-    // An item is a block of outputs, or one of gates and the one of what they are multiplied with.
-    void compute_item(int64_t item) const {
-        // Threads claim items in turn, so the next one of this thread is most likely that.
-        const int64_t next_item = item + num_threads_;
-        const uint8_t* next = nullptr;
-        if (next_item < scratch_.num_segments * items_) {
-            next = values_of(scratch_.segments[next_item / items_].expert, next_item % items_);
-        }
-        const Segment& segment = scratch_.segments[item / items_];
-        const int64_t block = item % items_, end = segment.first + segment.rows;
-        for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
-            const int64_t rows = end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows;
-            if (task_.is_gated) {
-                compute_gated(segment.expert, block, row, rows, next);
-            } else {
-                const int64_t outputs = weight_.outputs;
-                const Store store = {task_.y, task_.bias, task_.residual, outputs, outputs, task_.dtype};
-                compute_tiles(tile_of(segment.expert, block), block, row, rows, next, store);
+    // Where memory decides, a thread takes blocks that lie one behind the other: the machine's own prefetches, which are
+    // ahead of the end of a block, are of use then.
+    int64_t blocks_of_run(int64_t num_rows) const {
+        if (num_rows > kRows * scratch_.num_segments) return 1;
+        const int64_t run = scratch_.num_segments * items_ / (kRunsOfThread * num_threads_);
+        return run < 1 ? 1 : run < items_ ? run : items_;
+    }
+
+    // Blocks of outputs, or of gates with those of what they are multiplied with.
+    void compute_run(const Segment& segment, int64_t first, int64_t last, const uint8_t* next) const {
+        const int64_t end = segment.first + segment.rows, tiles = (segment.rows + kRows - 1) / kRows;
+        const int64_t at_once = task_.is_gated && tiles < kTilesAtOnce ? kTilesAtOnce / tiles : 1;
+        for (int64_t block = first; block < last; block += at_once) {
+            const int64_t count = last - block < at_once ? last - block : at_once;
+            const uint8_t* const following = block + count < last ? values_of(segment.expert, block + count) : next;
+            for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
+                const int64_t rows = end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows;
+                if (task_.is_gated) {
+                    compute_gated(segment.expert, block, count, row, rows, following);
+                } else {
+                    const int64_t outputs = weight_.outputs;
+                    const Store store = {task_.y, task_.bias, task_.residual, outputs, outputs, task_.dtype};
+                    compute_tiles(tile_of(segment.expert, block), block, row, rows, following, store);
+                }
             }
         }
     }
 
-    // Gates and what they are multiplied with are rounded, as if they were written out.
-    void compute_gated(int64_t expert, int64_t block, int64_t row, int64_t rows, const uint8_t* next) const {
-        alignas(64) char both[kTilesAtOnce * kRows * 2 * kBlock * 4];
-        const int64_t bytes = size_of(task_.dtype), columns = weight_.outputs / 2;
-        for (int64_t half = 0; half < 2; ++half) {
-            const int64_t part = half * items_ + block;
-            const Store store = {both,        task_.bias,        nullptr,           weight_.outputs,
-                                 2 * kBlock,  task_.dtype,       first_row_ + row,  (part - half) * kBlock};
-            const uint8_t* const following = half == 0 ? values_of(expert, items_ + block) : next;
+    // Gates and what they are multiplied with are rounded, as if they were written out. count * rows: at most those of
+    // kTilesAtOnce tiles.
+    void compute_gated(int64_t expert, int64_t block, int64_t count, int64_t row, int64_t rows,
+                       const uint8_t* next) const {
+        alignas(64) char both[kTilesAtOnce * kRows * 2 * kBlock * 4];  // [count][rows][2][64]
+        const int64_t bytes = size_of(task_.dtype), part_bytes = rows * 2 * kBlock * bytes;
+        for (int64_t i = 0; i < 2 * count; ++i) {
+            const int64_t half = i / count, index = i % count, part = half * items_ + block + index;
+            const Store store = {both + index * part_bytes, task_.bias, nullptr, weight_.outputs, 2 * kBlock,
+                                 task_.dtype, first_row_ + row, (part - half) * kBlock};
+            const uint8_t* const behind = half == 0 ? values_of(expert, items_ + block) : next;
+            const uint8_t* const following = index + 1 < count ? values_of(expert, part + 1) : behind;
             compute_tiles(tile_of(expert, part), part, row, rows, following, store);
         }
-        char* const y = static_cast<char*>(task_.y) + ((first_row_ + row) * columns + block * kBlock) * bytes;
-        const GatedActivation task = {both, y, rows, kBlock, 2 * kBlock, columns, task_.kind, task_.dtype};
-        with_dtype(task_.dtype, [&](auto* type) {
-            using T = std::remove_pointer_t<decltype(type)>;
-            for (int64_t i = 0; i < rows; ++i) activate_part<T>(task, i, 0, kBlock);
-        });
+        const int64_t columns = weight_.outputs / 2;
+        for (int64_t index = 0; index < count; ++index) {
+            char* const y = static_cast<char*>(task_.y) +
+                            ((first_row_ + row) * columns + (block + index) * kBlock) * bytes;
+            const GatedActivation task = {both + index * part_bytes, y, rows, kBlock, 2 * kBlock, columns,
+                                          task_.kind, task_.dtype};
+            with_dtype(task_.dtype, [&](auto* type) {
+                using T = std::remove_pointer_t<decltype(type)>;
+                for (int64_t i = 0; i < rows; ++i) activate_part<T>(task, i, 0, kBlock);
+            });
+        }
     }
 
     Tile tile_of(int64_t expert, int64_t block) const {
@@ -196,7 +221,7 @@ class Pass {
                 tile.inputs = scratch_.inputs + row * kPlanes * row_bytes_;
                 tile.sums = scratch_.sums + row * kPlanes * groups_;
                 tile.row_scale = scratch_.row_scale + row;
-                tile.prefetch = plan_prefetch(tile, chunk, next, index, num_tiles);
+                tile.prefetch = plan_prefetch(tile, chunk, next, index, num_rows);
                 compute_rows<kRows>(rows_of(num_rows, index), tile, chunk, carried[index], results[index]);
             }
         }
@@ -227,10 +252,13 @@ class Pass {
         return true;
     }
 
-    // A block that is used once is fetched shortly before its use; where it is used by several tiles, these fetch the
-    // next chunk meanwhile, each a part of it, so that memory is busy while they compute.
+    // A block that is used once is fetched shortly before its use, or by the machine alone: more of its prefetches are on
+    // their way at once than of ours. Where a block is used by several tiles, these fetch the next chunk meanwhile, each a
+    // part of it, so that memory is busy while they compute.
     Prefetch plan_prefetch(const Tile& tile, const Chunk& chunk, const uint8_t* next, int64_t index,
-                           int64_t num_tiles) const {
+                           int64_t num_rows) const {
+        const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
+        if (num_rows * kPlanes <= kFewLanes) return {nullptr, nullptr, nullptr, 0, false};
         constexpr int kBurst = kStepsAtOnce * Format::kStepBytes / kLine;
         const int64_t ahead = kPrefetchAhead < block_bytes_ ? kPrefetchAhead : block_bytes_;
         if (num_tiles == 1) return {tile.values + ahead, tile.values + block_bytes_, next, kBurst, true};
@@ -291,7 +319,7 @@ int32_t linear_passes(Pool& threads, const Linear& task) {
         scratch.num_segments = find_segments(task, first, last, scratch.segments);
         const ThisPass pass(task, scratch, first, threads.num_threads());
         pass.split_rows(threads, last - first);
-        pass.multiply(threads);
+        pass.multiply(threads, last - first);
     }
     return kOk;
 }
