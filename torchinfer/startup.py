@@ -82,8 +82,6 @@ def start_engine(config: EngineConfig) -> Engine:
         num_pages * bytes_per_page / MIB,
     )
     kernels.load_ports(device.type)
-    if tensor_cores(device):
-        kernels.load_sampler()
     num_chips = config.tensor_parallel_size
     kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
@@ -117,6 +115,8 @@ def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
+    if tensor_cores(device):
+        kernels.load_sampler()
     return device
 
 
