@@ -253,8 +253,8 @@ class Pass {
     }
 
     // A block that is used once is fetched shortly before its use, or by the machine alone: more of its prefetches are on
-    // their way at once than of ours. Where a block is used by several tiles, these fetch the next chunk meanwhile, each a
-    // part of it, so that memory is busy while they compute.
+    // their way at once than of ours. Where a block is used by several tiles, these fetch the next chunk meanwhile, each as
+    // much of it as it has rows, so that memory is busy all the while that they compute.
     Prefetch plan_prefetch(const Tile& tile, const Chunk& chunk, const uint8_t* next, int64_t index,
                            int64_t num_rows) const {
         const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
@@ -267,10 +267,11 @@ class Pass {
         const bool is_last = done == tile.groups * tile.steps;
         const uint8_t* const start = is_last ? next : tile.values + done * Format::kStepBytes;
         if (start == nullptr) return {nullptr, nullptr, nullptr, 0, false};
-        const int64_t part = round_up((bytes + num_tiles - 1) / num_tiles, kLine);
-        const int lines = static_cast<int>((kBurst + num_tiles - 1) / num_tiles);
-        const int64_t end = (index + 1) * part < bytes ? (index + 1) * part : bytes;
-        return {start + index * part, start + end, nullptr, lines, false};
+        const int64_t before = index * kRows, rows = rows_of(num_rows, index);
+        const int64_t from = before * bytes / num_rows / kLine * kLine;
+        const int64_t end = index + 1 == num_tiles ? bytes : (before + rows) * bytes / num_rows / kLine * kLine;
+        const int lines = static_cast<int>((kBurst * rows + num_rows - 1) / num_rows);
+        return {start + from, start + end, nullptr, lines, false};
     }
 
     template <int kCount>
