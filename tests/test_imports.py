@@ -88,6 +88,7 @@ LAYERS = (
     ("torchinfer.tokenizer_files",),
     ("torchinfer.loader", "torchinfer.sequence", "torchinfer.kv_cache.tensors"),
     ("torchinfer.kv_cache.pages", "torchinfer.kv_cache.prefix", "torchinfer.tokenizer"),
+    ("torchinfer.spmd_matrices",),
     ("torchinfer.parallel",),
     ("torchinfer.models",),
     ("torchinfer.quantization",),

@@ -49,6 +49,7 @@ from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import DividedModel, local_config, partition_problems
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
+from torchinfer.spmd_matrices import prepare_chips
 from torchinfer.step_memory import MemoryPlan, largest_steps
 from torchinfer.tokenizer import Tokenizer
 from torchinfer.tokenizer_files import load_tokenizer
@@ -125,6 +126,8 @@ def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
+    if tensor_cores(device):
+        kernels.load_sampler()
     return device
 
 
@@ -144,11 +147,14 @@ def _load(
         "moe_capacity_factor": config.moe_capacity_factor,
         "progress": config.progress,
     }
+    num_cores = tensor_cores(device)
     if config.tensor_parallel_size > 1:
-        return load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+        divided = load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+        if num_cores is not None:
+            prepare_chips(divided, num_cores, lambda: flush(device))
+        return divided
     smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
     model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
-    num_cores = tensor_cores(device)
     # A layer at a time: only one is there twice.
     model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
     return model

@@ -40,7 +40,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "linear_of_gated": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu", "tpu", "cuda"),
+    "sample": ("cpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
 COMPOSED = ("linear_of_norm", "linear_of_gated")  # without a port two ops of the door, one after the other
@@ -167,6 +167,12 @@ def load_page_attention() -> None:
     load_ports("xla")["attend_and_write"] = importlib.import_module(
         "torchinfer.kernels.tpu.attention_op"
     ).attend_and_write
+
+
+def load_sampler() -> None:
+    """Let the TPU's kernel draw tokens on XLA, where the reference would sort: jax is imported."""
+    load_ports("xla")["sample"] = importlib.import_module("torchinfer.kernels.tpu.sample_op").sample
+    logger.info("kernels for xla: the TPU's for sample")
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:

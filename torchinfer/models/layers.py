@@ -5,8 +5,10 @@ Letters: T tokens, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ class Linear(Layer):
         names = [] if isinstance(outputs, int) else list(outputs)
         ends = list(accumulate(sizes))
         self.slots = {name: slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=bool(names))}
-        self.weight: nn.Parameter | QuantizedMatrix | PreparedWeight
+        self.weight: nn.Parameter | QuantizedMatrix | PreparedMatrix | PreparedWeight
         self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
 
@@ -55,7 +57,8 @@ class Linear(Layer):
         """[N, in] -> [N, out], of norm(x) if there is a norm."""
         matrix = self.weight
         if not isinstance(matrix, QuantizedMatrix):
-            return kernels.linear(x if norm is None else norm(x), matrix, self.bias)
+            weight = matrix() if isinstance(matrix, PreparedMatrix) else matrix
+            return kernels.linear(x if norm is None else norm(x), weight, self.bias)
         bound = matrix.scheme.input_bound
         if norm is not None and bound is None:
             return kernels.linear_of_norm(x, norm.weight, norm.epsilon, norm.offset, matrix(), self.bias)
@@ -70,22 +73,45 @@ class Linear(Layer):
         return self(kernels.gated_activation(gate_up, activation))
 
 
+class PreparedMatrix(nn.Module):
+    """A matrix as the TPU's kernels have it, with buffers on meta: what it is called with takes their place."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, torch.empty_like(tensor, device="meta"))
+        self._empty = replace(weight, **dict(self.named_buffers()))
+
+    def forward(self) -> PreparedWeight:
+        """The matrix for a kernel."""
+        weight: PreparedWeight = replace(self._empty, **dict(self.named_buffers()))
+        return weight
+
+
 def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
     """Replace a layer's matrices by what its device's kernels make of them, each in its memory if it fits there.
 
     num_cores: of a TPU, see `kernels.prepare`.
     """
-    for name in getattr(layer, "MATRICES", ()):
+    for name in preparable(layer):
         matrix = getattr(layer, name)
-        is_quantized = isinstance(matrix, QuantizedMatrix)
-        if not is_quantized and not isinstance(matrix, nn.Parameter):
-            continue  # prepared before
-        if is_quantized and matrix.scheme.input_bound is not None:
-            continue  # its inputs are bounded by the layer, which must know the scheme
-        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True, num_cores=num_cores)
+        own = matrix() if isinstance(matrix, QuantizedMatrix) else matrix.data
+        prepared = kernels.prepare(own, may_overwrite=True, num_cores=num_cores)
         if prepared is not None:
             delattr(layer, name)  # nn.Module does not let a parameter become anything else
             setattr(layer, name, prepared)
+
+
+def preparable(layer: nn.Module) -> Iterator[str]:
+    """The names of a layer's matrices that a device's kernels may have in a layout of theirs."""
+    for name in getattr(layer, "MATRICES", ()):
+        matrix = getattr(layer, name)
+        if isinstance(matrix, QuantizedMatrix):
+            # Inputs that are bounded are by the layer, which must know the scheme.
+            if matrix.scheme.input_bound is None:
+                yield name
+        elif isinstance(matrix, nn.Parameter):  # not prepared before
+            yield name
 
 
 class Embedding(Layer):
