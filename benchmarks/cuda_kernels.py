@@ -200,6 +200,8 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
     def make(name: str) -> Callable[[str], Callable[[], object]]:
         def make_on(device: str) -> Callable[[], object]:
             from torchinfer.kernels.cuda.gated_activation import gated_activation
+            from torchinfer.kernels.cuda.linear_of_gated import linear_of_gated
+            from torchinfer.kernels.cuda.linear_of_norm import linear_of_norm
             from torchinfer.kernels.cuda.rms_norm import rms_norm
             from torchinfer.kernels.cuda.rotary_embedding import rotary_embedding
             from torchinfer.kernels.cuda.sample import sample
@@ -211,6 +213,9 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             kv_cache = KVCache(
                 torch.zeros(shape, dtype=torch.int8, device=device), torch.zeros(shape[:-1], device=device)
             )
+            inner = 7 * size // 2  # as wide as Llama 3's
+            wide = torch.ones(rows, 2 * inner, device=device).bfloat16()
+            qkv, down = (quantized("int8_w8a8", (64, columns), device) for columns in (size, inner))
             reals = torch.full((rows,), 0.9, device=device)
             params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
             calls: dict[str, Callable[[], object]] = {
@@ -218,13 +223,16 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
                 "rotary_embedding": lambda: rotary_embedding(heads, angles, angles, False),
                 "gated_activation": lambda: gated_activation(x, "silu"),
                 "sample": lambda: sample(x.float(), params, True),
+                "linear_of_norm": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv),
+                "linear_of_gated": lambda: linear_of_gated(wide, "silu", down),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),
             }
             return calls[name]
 
         return make_on
 
-    for name in ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages", "sample"):
+    names = ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages", "sample")
+    for name in (*names, "linear_of_norm", "linear_of_gated"):
         yield Case(f"glue {name} {rows} x {size}", make(name), 4 * rows * size, 0, "bf16")
 
 

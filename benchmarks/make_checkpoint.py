@@ -2,9 +2,11 @@
 
     python benchmarks/make_checkpoint.py --out /tmp/dense --gigabytes 8 --kind dense --shards 8
     python benchmarks/make_checkpoint.py --out /tmp/moe --gigabytes 8 --kind moe --shards 1
+    python benchmarks/make_checkpoint.py --out /tmp/8b --kind llama3-8b --shards 4
 
-Dense is a Llama, moe a Qwen3 with experts; torchinfer and transformers load both. The files are written from one random
-block, each tensor from another place of it: as fast as the disk takes them, and the memory stays small.
+Dense is a Llama, moe a Qwen3 with experts, llama3-8b has that model's shapes and takes 16 GB; torchinfer and
+transformers load all of them. The files are written from one random block, each tensor from another place of it: as
+fast as the disk takes them, and the memory stays small.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Sizes:
     head_dim: int
     min_layers: int
     num_experts: int = 0
+    vocab_size: int = 0
 
     @property
     def num_heads(self) -> int:
@@ -48,7 +51,7 @@ class Sizes:
 
     @property
     def vocab(self) -> int:
-        return 8 * self.hidden
+        return self.vocab_size or 8 * self.hidden
 
     @property
     def intermediate(self) -> int:
@@ -60,6 +63,7 @@ DENSE = [
     Sizes(256, 32, 2),
     *(Sizes(hidden, 128, hidden // 128) for hidden in (512, 1024, 2048, 3072, 4096, 5120, 8192)),
 ]
+NAMED = {"llama3-8b": (Sizes(4096, 128, 32, vocab_size=128256), 32)}  # with their layers, whatever is asked for
 MOE = [Sizes(256, 32, 4, 16), Sizes(512, 128, 4, 32), Sizes(1024, 128, 4, 64), Sizes(2048, 128, 4, 128)]
 
 
@@ -92,6 +96,8 @@ def make_checkpoint(
 
 def choose(kind: str, num_values: float) -> tuple[Sizes, int]:
     """The widest model of the kind that gets enough layers, and its number of layers."""
+    if kind in NAMED:
+        return NAMED[kind]
     candidates = MOE if kind == "moe" else DENSE
     found = candidates[0], 1
     for sizes in candidates:
@@ -152,7 +158,7 @@ def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, 
         "num_attention_heads": sizes.num_heads,
         "num_key_value_heads": sizes.num_kv_heads,
         "head_dim": sizes.head_dim,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",
@@ -225,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=8.0)
-    parser.add_argument("--kind", choices=["dense", "moe"], default="dense")
+    parser.add_argument("--kind", choices=["dense", "moe", *NAMED], default="dense")
     parser.add_argument("--shards", type=int, default=1, help="1: one file without an index")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     args = parser.parse_args()

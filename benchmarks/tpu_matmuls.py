@@ -35,6 +35,8 @@ FORMATS = {  # numbers, inputs that share a scale (0: all), planes of inputs
     "int8": ("int8", 0, 2),
     "int8_w8a8": ("int8", 0, 1),
     "int4": ("int4", 128, 2),
+    "int4_g64": ("int4", 64, 2),
+    "int4_g32": ("int4", 32, 2),
     "fp8": ("float8_e4m3fn", 0, 1),
     "bfloat16": ("bfloat16", 0, 1),
 }
@@ -103,11 +105,11 @@ def by_xla(name: str, rows: int, chip: str) -> int:
     _, inputs, outputs, _ = SHAPES["dense"]
     numbers, group, _ = FORMATS[name]
     of = jax.ShapeDtypeStruct
-    stored = {"int4": of((outputs, inputs // 2), "uint8")}.get(name, of((outputs, inputs), numbers))
+    stored = of((outputs, inputs // 2), "uint8") if numbers == "int4" else of((outputs, inputs), numbers)
     scale = of((outputs, inputs // group if group else 1), "float32")
 
     def product(x: Any, values: Any, scale: Any) -> Any:
-        if name == "int4":
+        if name.startswith("int4"):
             nibbles = jnp.stack((values & 15, values >> 4), -1).reshape(outputs, inputs).astype(jnp.float32) - 8
             values, scale = nibbles * jnp.repeat(scale, group, 1), jnp.ones((outputs, 1))
         kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
@@ -130,7 +132,7 @@ def measure(shape: str, name: str, rows: int, chip: str, has_xla: bool) -> dict[
     if has_xla and shape == "dense" and chip == "v5e":  # its estimates for v5p are for both cores
         _, inputs, outputs, _ = SHAPES[shape]
         share = block.num_bytes / cycles  # bytes a cycle
-        total = inputs * outputs * (0.5 if name == "int4" else 2 if name == "bfloat16" else 1)
+        total = inputs * outputs * (0.5 if name.startswith("int4") else 2 if name == "bfloat16" else 1)
         line["xla_of_hbm"] = round(by_xla(name, rows, chip) / (total / share), 3)
     return line
 
@@ -149,7 +151,9 @@ def main() -> None:
         for shape in args.shapes:
             for name in args.formats:
                 for rows in args.rows or ((16, 32, 64, 1024) if shape == "dense" else (1, 8, 64)):
-                    if (shape == "dense" and name == "bfloat16") or (name == "int4" and SHAPES[shape][1] % 128):
+                    if (shape == "dense" and name == "bfloat16") or (
+                        FORMATS[name][1] and SHAPES[shape][1] % FORMATS[name][1]
+                    ):
                         continue  # XLA's own; no whole groups
                     line = measure(shape, name, rows, chip, not args.no_xla)
                     print("  ".join(f"{key} {value}" for key, value in line.items()), flush=True)

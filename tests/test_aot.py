@@ -39,18 +39,6 @@ module @graph {
   }
 }
 """
-REDUCED = """
-module @graph {
-  func.func @main(%arg0: tensor<1024xf32>) -> tensor<1024xf32> {
-    %0 = "stablehlo.all_reduce"(%arg0) <{replica_groups = dense<[[0, 1, 2, 3]]> : tensor<1x4xi64>}> ({
-    ^bb0(%a: tensor<f32>, %b: tensor<f32>):
-      %1 = stablehlo.add %a, %b : tensor<f32>
-      stablehlo.return %1 : tensor<f32>
-    }) : (tensor<1024xf32>) -> tensor<1024xf32>
-    return %0 : tensor<1024xf32>
-  }
-}
-"""
 # What a kernel's dump looks like, cut: two loops in one, then one alone; empty bundles have no sign.
 BUNDLES = """
 LB: loop body
@@ -92,12 +80,6 @@ def test_shardings_split_the_arguments_and_add_a_collective():
     compiled = aot.compile_hlo(SHARDED, "v5p:2x2x1", num_devices=4)
     assert compiled.argument_bytes == 4 * (32 * 512 + 512 * 256) // 4
     assert "all-reduce" in compiled.hlo or "reduce-scatter" in compiled.hlo
-
-
-def test_a_program_of_one_chip_keeps_its_shapes_and_its_collective():
-    compiled = aot.compile_hlo(REDUCED, "v5e:2x2", num_devices=4, is_replicated=True)
-    assert compiled.argument_bytes == compiled.output_bytes == 4096
-    assert "all-reduce" in compiled.hlo
 
 
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])

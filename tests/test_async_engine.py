@@ -17,7 +17,7 @@ from torchinfer.async_engine import AsyncEngine
 from torchinfer.config import EngineConfig
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
-from torchinfer.errors import CheckpointError, EngineError, OverloadedError, RequestError
+from torchinfer.errors import CheckpointError, EngineError, OverloadedError, RequestError, StepMemoryError
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.llm import LLM
@@ -33,12 +33,13 @@ class SlowRunner(FakeRunner):
     """A step takes a moment; after `fail_after` steps it raises."""
 
     fail_after = 10**9
+    failure: Exception = RuntimeError("the device fell off")
 
     def launch(self, plan: Plan, page_table: Ints) -> Launched:
         time.sleep(0.002)
         self.fail_after -= 1
         if self.fail_after < 0:
-            raise RuntimeError("the device fell off")
+            raise self.failure
         return super().launch(plan, page_table)
 
 
@@ -142,6 +143,22 @@ def test_a_failed_step_ends_every_stream_with_an_error_and_refuses_new_ones() ->
         assert engine.failure is not None and "the device fell off" in engine.failure
         with pytest.raises(EngineError, match="the device fell off"):
             engine.submit(request("late"))
+
+    with_engine(test)
+
+
+def test_a_step_without_memory_ends_its_streams_and_the_engine_serves_the_next_ones() -> None:
+    async def test(engine: AsyncEngine, scheduler: Scheduler, runner: SlowRunner) -> None:
+        runner.fail_after, runner.failure = 5, StepMemoryError("a step of 4 tokens did not fit")
+        streams = [engine.submit(request(f"r{i}", max_tokens=200)) for i in range(4)]
+        for stream in streams:
+            events = [event async for event in stream]
+            assert events[-1].finish_reason is FinishReason.ERROR and events[-1].usage is not None
+            assert events[-1].error == "a step of 4 tokens did not fit"
+        runner.fail_after = 10**9
+        ids = [token async for event in engine.submit(request("next")) for token in event.token_ids]
+        assert ids == expected_output((1, 2, 3), 5, VOCAB) and engine.failure is None
+        assert scheduler.pool.num_available == scheduler.pool.num_usable
 
     with_engine(test)
 

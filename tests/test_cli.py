@@ -37,6 +37,7 @@ ENGINE_FLAGS = {
     "seed": ("--engine-seed 4", 4),
     "moe_mode": ("--moe-mode capacity", "capacity"),
     "moe_capacity_factor": ("--moe-capacity-factor 2.5", 2.5),
+    "cuda_graphs": ("--no-cuda-graphs", False),
     "compile_cache": ("--compile-cache c", "c"),
     "load_memory": ("--load-memory 3GiB", 3 << 30),
     "load_readers": ("--load-readers 4", 4),

@@ -6,20 +6,24 @@ import pytest
 
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
-from torchinfer.errors import RequestError
+from torchinfer.errors import RequestError, StepMemoryError
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
+from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent
-from torchinfer.scheduler import Scheduler
+from torchinfer.runner import Launched
+from torchinfer.scheduler import Plan, Scheduler
+from torchinfer.step_input import Ints
 
 VOCAB = 50
 PROMPT = (1, 2, 3)
 
 
-def make_engine(*, eos: tuple[int, ...] = (), overlaps: bool = False) -> Engine:
+def make_engine(*, eos: tuple[int, ...] = (), overlaps: bool = False, has_prefix_cache: bool = False) -> Engine:
     pool = PagePool(65)
+    prefix_cache = PrefixCache(pool, 4) if has_prefix_cache else None
     scheduler = Scheduler(
-        pool, page_size=4, max_num_requests=4, max_num_batched_tokens=16, max_model_len=32, prefix_cache=None
+        pool, page_size=4, max_num_requests=4, max_num_batched_tokens=16, max_model_len=32, prefix_cache=prefix_cache
     )
     info = ModelInfo("fake", "Fake", 0, VOCAB, 32, "int", "cpu", 65, 4, 4, eos, False, "int")
     return Engine(scheduler, FakeRunner(65, 4, VOCAB, overlaps=overlaps), info, None)
@@ -103,6 +107,34 @@ def test_fail_ends_every_open_sample_with_the_error() -> None:
     assert sorted((event.request_id, event.index) for event in events) == [("a", 0), ("a", 1), ("b", 0)]
     assert {event.error for event in events} == {"the device is gone"}
     assert [event.request_id for event in events if event.usage] == ["a", "b"]
+
+
+class TooLarge(FakeRunner):
+    """Finds no memory for one step, the one with this number."""
+
+    num_before = -1
+
+    def launch(self, plan: Plan, page_table: Ints) -> Launched:
+        self.num_before -= 1
+        if self.num_before == -1:
+            raise StepMemoryError("it does not fit")
+        return super().launch(plan, page_table)
+
+
+@pytest.mark.parametrize("num_before", range(8))
+def test_of_a_step_without_memory_nothing_is_remembered(overlaps: bool, num_before: int) -> None:
+    engine = make_engine(overlaps=overlaps, has_prefix_cache=True)
+    engine.runner = runner = TooLarge(65, 4, VOCAB, overlaps=overlaps)
+    runner.num_before = num_before
+    events = run(engine, Request("a", PROMPT, SamplingParams(max_tokens=20, n=2, temperature=0.5)))["a"]
+    finals = [event for event in events if event.finish_reason]
+    assert [(event.finish_reason, event.error) for event in finals] == [(FinishReason.ERROR, "it does not fit")] * 2
+    assert [event.usage is not None for event in finals] == [False, True]
+    # Its pages are full of tokens that were never computed, if they are found.
+    longer = (*PROMPT, *expected_output(PROMPT, 15, VOCAB))
+    events = run(engine, Request("b", longer, SamplingParams(max_tokens=5)))["b"]
+    assert ids_of(events) == expected_output(longer, 5, VOCAB)
+    assert engine.stats().num_used_pages == 0
 
 
 @pytest.mark.parametrize(

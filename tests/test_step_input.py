@@ -8,7 +8,7 @@ import torch
 from torchinfer.request import SamplingParams
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.sequence import Sequence
-from torchinfer.step_input import StepShape, pack, sampling_record, unpack, unpack_sampling
+from torchinfer.step_input import StepShape, buckets, pack, sampling_record, unpack, unpack_sampling
 
 PAGE_SIZE = 4
 PAGE_TABLE = np.array([[3, 5, 0], [7, 2, 9]], np.int32)
@@ -72,6 +72,21 @@ def test_sampling_parameters_survive_the_trip_as_bits() -> None:
     assert 0 <= sampling.uniform.item() < 1
 
 
+def test_padded_rows_that_decode_are_requests_of_one_token_in_page_zero() -> None:
+    decode = plan().decodes[0]
+    shape = StepShape(4, 4, 3, is_decode=True)
+    memory = np.full(shape.size, -7, np.int32)
+    step = pack(Plan([decode], [-1], [], 1, 6, sampled=[decode]), PAGE_TABLE, PAGE_SIZE, shape, memory)
+    assert step.packed is memory
+    assert step.tokens.tolist() == [15, 0, 0, 0] and step.positions.tolist() == [5, 0, 0, 0]
+    assert step.slot.tolist() == [2 * 4 + 1, 0, 0, 0] and step.rope_length.tolist() == [6, 1, 1, 1]
+    assert step.kv_length.tolist() == [6, 1, 1, 1] and step.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert step.row.tolist() == step.sample_index.tolist() == [0, 1, 2, 3] and step.feed.tolist() == [-1] * 4
+    assert step.page_table.tolist() == [[7, 2, 9], [0] * 3, [0] * 3, [0] * 3]
+    batch = unpack(torch.from_numpy(memory)[: shape.num_forward], shape, PAGE_SIZE, None).batch
+    assert (batch.num_decodes, batch.max_decode_kv_length, batch.prefills) == (4, 12, ())
+
+
 def test_fed_tokens_come_from_the_last_steps_ids() -> None:
     fed = plan()
     fed.feed = [2]
@@ -79,3 +94,10 @@ def test_fed_tokens_come_from_the_last_steps_ids() -> None:
     packed = torch.from_numpy(pack(fed, PAGE_TABLE, PAGE_SIZE, shape).packed)
     step = unpack(packed[: shape.num_forward], shape, PAGE_SIZE, fed).fed(torch.tensor([90, 91, 92], dtype=torch.int32))
     assert step.batch.tokens.tolist() == [92, 21, 22, 23]
+
+
+def test_buckets_are_powers_of_two_that_hold_the_largest() -> None:
+    assert buckets(16, 16) == [16]
+    assert buckets(8, 64) == [8, 16, 32, 64]
+    assert buckets(16, 500) == [16, 32, 64, 128, 256, 512]
+    assert buckets(128, 2049, 4) == [128, 512, 2048, 8192]

@@ -16,7 +16,6 @@ import torch
 
 from torchinfer import LLM, ConfigError, SamplingParams, startup
 from torchinfer.testing import TINY, save_random_checkpoint, tiny_config
-from torchinfer.xla_runner import buckets
 
 pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
@@ -250,9 +249,3 @@ def test_the_next_start_finds_every_program_in_the_compile_cache(checkpoint: Pat
     num_compiled, num_loaded, *ids = run_program(checkpoint, str(folder)).split(maxsplit=2)
     assert int(num_compiled) == len(list(folder.iterdir())) > 0 and num_loaded == "0"
     assert run_program(checkpoint, str(folder)).split(maxsplit=2)[1:] == [num_compiled, *ids]
-
-
-def test_buckets_are_powers_of_two_that_hold_the_largest() -> None:
-    assert buckets(16, 16) == [16]
-    assert buckets(8, 64) == [8, 16, 32, 64]
-    assert buckets(16, 500) == [16, 32, 64, 128, 256, 512]

@@ -11,6 +11,7 @@ from torchinfer.errors import (
     EngineError,
     OverloadedError,
     RequestError,
+    StepMemoryError,
     TorchinferError,
     UnsupportedModelError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "StepMemoryError",
     "TokenEvent",
     "TokenLogprobs",
     "TorchinferError",

@@ -143,7 +143,7 @@ def compile_jax(
     # An export holds Mosaic's format of before jax's date of release, which is the one that libtpu reads.
     exported = jax.export.export(jax.jit(function, donate_argnums=donate, keep_unused=True), platforms=("tpu",))
     module = exported(*arguments).mlir_module_serialized
-    return _compile(bytes(module), topology, "1", (), dump_bundles, timeout_seconds)
+    return _compile(bytes(module), topology, 1, (), dump_bundles, timeout_seconds)
 
 
 def compile_hlo(
@@ -151,20 +151,17 @@ def compile_hlo(
     topology: str,
     *,
     num_devices: int = 1,
-    is_replicated: bool = False,
     donate: tuple[int, ...] = (),
     dump_bundles: bool = False,
     timeout_seconds: float = 600,
 ) -> Compiled:
     """Compile StableHLO text, such as torch_xla's `get_stablehlo`, for some chips of a topology.
 
-    With more than one device the shardings in the text (`mhlo.sharding`) tell XLA how to partition the program; or it
-    is one chip's already, `is_replicated`, with the collectives that it needs. `donate` numbers the arguments whose
-    memory outputs may take. Raises what `compile_jax` raises.
+    With more than one device the shardings in the text (`mhlo.sharding`) tell XLA how to partition the program.
+    `donate` numbers the arguments whose memory outputs may take. Raises what `compile_jax` raises.
     """
     _check(topology, num_devices)
-    devices = f"{num_devices}r" if is_replicated else str(num_devices)
-    return _compile(stablehlo.encode(), topology, devices, donate, dump_bundles, timeout_seconds)
+    return _compile(stablehlo.encode(), topology, num_devices, donate, dump_bundles, timeout_seconds)
 
 
 def _check(topology: str, num_devices: int) -> None:
@@ -185,7 +182,7 @@ def _check(topology: str, num_devices: int) -> None:
 def _compile(
     module: bytes,
     topology: str,
-    devices: str,
+    num_devices: int,
     donate: tuple[int, ...],
     dump_bundles: bool,
     timeout_seconds: float,
@@ -194,7 +191,7 @@ def _compile(
         folder = Path(name)
         (folder / "module").write_bytes(module)
         (folder / "dump").mkdir()
-        command = [sys.executable, "-m", "torchinfer.aot_compiler", name, topology, devices, *map(str, donate)]
+        command = [sys.executable, "-m", "torchinfer.aot_compiler", name, topology, str(num_devices), *map(str, donate)]
         environment = _environment(folder, dump_bundles)
         try:
             done = subprocess.run(

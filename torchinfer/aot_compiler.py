@@ -1,7 +1,7 @@
-"""The process in which `torchinfer.aot` compiles one program: FOLDER TOPOLOGY NUM_DEVICES[r] [DONATED_ARGUMENT...].
+"""The process in which `torchinfer.aot` compiles one program: FOLDER TOPOLOGY NUM_DEVICES [DONATED_ARGUMENT...].
 
-With an r all devices run the program as it is, as replicas; without, XLA partitions it among them. Reads FOLDER/module,
-StableHLO as text or bytecode; writes FOLDER/result.json, with what the compiler says or the error that it ends with.
+XLA partitions the program among the devices. Reads FOLDER/module, StableHLO as text or bytecode; writes
+FOLDER/result.json, with what the compiler says or the error that it ends with.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ STABLEHLO_VERSION = "1.9.0"
 
 def main() -> None:
     """Compile what the command line names."""
-    folder, topology, devices = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    num_devices = int(devices.removesuffix("r"))
-    num_replicas = num_devices if devices.endswith("r") else 1
+    folder, topology, num_devices = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     donate = [int(index) for index in sys.argv[4:]]
     from jax._src.lib.mlir import ir
 
     try:
-        module = to_portable_bytecode((folder / "module").read_bytes(), num_devices, num_replicas, donate)
-        result = describe(compile_module(module, topology, num_devices, num_replicas))
+        module = to_portable_bytecode((folder / "module").read_bytes(), num_devices, donate)
+        result = describe(compile_module(module, topology, num_devices))
     except (RuntimeError, ValueError, ir.MLIRError) as error:
         result = {"error": str(error)}
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def to_portable_bytecode(module: bytes, num_devices: int, num_replicas: int, donate: list[int]) -> bytes:
+def to_portable_bytecode(module: bytes, num_devices: int, donate: list[int]) -> bytes:
     """StableHLO in a version that libtpu reads, made for so many devices."""
     from jax._src.interpreters import mlir
     from jax._src.lib import xla_client
@@ -42,8 +40,8 @@ def to_portable_bytecode(module: bytes, num_devices: int, num_replicas: int, don
             module = xla_client._xla.mlir.deserialize_portable_artifact(module)
         parsed = ir.Module.parse(module)
         integer = ir.IntegerType.get_signless(32)
-        parsed.operation.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(integer, num_devices // num_replicas)
-        parsed.operation.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(integer, num_replicas)
+        parsed.operation.attributes["mhlo.num_partitions"] = ir.IntegerAttr.get(integer, num_devices)
+        parsed.operation.attributes["mhlo.num_replicas"] = ir.IntegerAttr.get(integer, 1)
         if donate:
             _mark_donated(parsed, donate)
         return bytes(
@@ -61,7 +59,7 @@ def _mark_donated(module: Any, donate: list[int]) -> None:
     main.arg_attrs = ir.ArrayAttr.get([ir.DictAttr.get(attributes) for attributes in arguments])
 
 
-def compile_module(module: bytes, topology: str, num_devices: int, num_replicas: int) -> Any:
+def compile_module(module: bytes, topology: str, num_devices: int) -> Any:
     """An executable of jaxlib that cannot be run here."""
     import numpy as np
     from jax._src import compiler
@@ -72,10 +70,10 @@ def compile_module(module: bytes, topology: str, num_devices: int, num_replicas:
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if topology.split(":")[1] in ("1x1", "1x1x1") else {}
     devices = topologies.get_topology_desc(topology, platform="tpu", **bounds).devices[:num_devices]
     options = compiler.get_compile_options(
-        num_replicas=num_replicas,
-        num_partitions=num_devices // num_replicas,
-        device_assignment=np.array([device.id for device in devices]).reshape(num_replicas, -1),
-        use_spmd_partitioning=num_devices > num_replicas,
+        num_replicas=1,
+        num_partitions=num_devices,
+        device_assignment=np.array([[device.id for device in devices]]),
+        use_spmd_partitioning=num_devices > 1,
     )
     options.executable_build_options.use_shardy_partitioner = False  # torch_xla writes GSPMD's shardings
     # As torch_xla has it: results stay where they were computed, not a copy on every chip.

@@ -4,6 +4,7 @@ A step is flat and ragged, T tokens of R requests.
 
 Rows are ordered: requests that decode (one token each) first, then those with a chunk of their prompt. On XLA T and
 R are padded to buckets; a padded token has slot 0 (page 0 belongs to nobody), position 0 and the last row's index.
+Where all rows decode, CPU and CUDA may pad too: with rows of one token in slot 0, which are like any other.
 
       tokens of row r:  [query_start[r], query_start[r + 1])
       its context:      [0, kv_length[r])     of which the last ones are these tokens
@@ -32,7 +33,7 @@ class Batch:
     page_size: int
     # What the host knows without asking the device; None where shapes must not depend on it (XLA).
     num_decodes: int | None = None  # rows [0, num_decodes) have one token each
-    max_decode_kv_length: int | None = None  # over those rows
+    max_decode_kv_length: int | None = None  # at least that of the longest of those rows
     prefills: tuple[tuple[int, int, int, int], ...] | None = None  # (row, first token, end token, kv_length)
 
 

@@ -28,13 +28,14 @@ ENGINE = FlagSet(
         "max_num_requests": "requests running at once, samples counted",
         "max_num_batched_tokens": "tokens a step: decoding first, chunks of prompts fill the rest",
         "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
-        "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB "
-        "(default: by device)",
+        "kv_cache_memory": "of the KV cache: share of the free memory such as 0.8, or a size such as 8GiB; on CUDA "
+        "what the largest step takes is not free (default: by device)",
         "kv_cache_dtype": "of the KV cache; auto: the model's; int8 and fp8 hold about twice the tokens of bfloat16",
         "prefix_cache": "keep the KV cache of prompts for later ones that begin alike",
         "seed": "for requests that have no seed of their own",
         "moe_mode": "experts: dropless, or capacity: what exceeds the capacity factor is dropped and counted",
         "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
+        "cuda_graphs": "CUDA: capture steps in which all requests decode, at the start",
         "compile_cache": "XLA: folder that keeps compiled programs between starts",
         "load_memory": "host memory for what is on its way from the checkpoint to its place",
         "load_readers": "parts of files read at once, at most (default: as many as bring more)",

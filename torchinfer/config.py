@@ -49,12 +49,13 @@ class EngineConfig:
     max_num_requests: int = 64  # running at once, samples counted
     max_num_batched_tokens: int = 512  # per step: decode rows first, chunks of prompts fill the rest
     page_size: int | None = None  # tokens; None: what the TPU's attention kernel takes, 128, elsewhere 16
-    kv_cache_memory: float | int | None = None  # at most 1.0: share of the free memory; more: bytes; None: by device
+    kv_cache_memory: float | int | None = None  # at most 1.0: share of what is free; more: bytes; None: by device
     kv_cache_dtype: str = "auto"  # the model's; int8 and fp8 (e4m3) with a scale for each token and KV head
     prefix_cache: bool = True
     seed: int = 0  # of requests that have none of their own
     moe_mode: str = "dropless"  # or capacity: overflow beyond the capacity factor is dropped and counted
     moe_capacity_factor: float = 1.25
+    cuda_graphs: bool = True  # CUDA: steps in which all requests decode are captured at the start, in buckets
     compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
     load_memory: Size = 2 << 30  # bytes of host memory for what is on its way from the checkpoint to its place
     load_readers: int | None = None  # parts of files read at once, at most; None: as many as bring more

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -142,6 +142,49 @@ def synchronize(device: torch.device) -> None:
         import torch_xla.core.xla_model as xla_model
 
         xla_model.wait_device_ops()
+
+
+def host_ints(size: int, device: torch.device) -> torch.Tensor:
+    """int32 [size] on the host, pinned for CUDA: torch hands its memory out again when all copies of it are done."""
+    return torch.empty(size, dtype=torch.int32, pin_memory=device.type == "cuda")
+
+
+def start_copies(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """Copies on the host, and a call that waits for them: for what was launched so far, and not for what comes later.
+
+    Only CUDA copies; elsewhere the tensors themselves come back, and nothing has to be waited for.
+    """
+    if not tensors or tensors[0].device.type != "cuda":
+        return tensors, lambda: None
+    copies = [torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for each in tensors]
+    for copy, each in zip(copies, tensors, strict=True):
+        copy.copy_(each, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return copies, done.synchronize
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """CUDA: what a call takes at most of the device's memory beside what is taken before; its memory is given back."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    release_memory(device)
+    return peak
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back to the device what torch holds of it and does not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """CUDA: bytes of the device, used or not."""
+    return int(torch.cuda.mem_get_info(device)[1])
 
 
 def flush(device: torch.device) -> None:

@@ -7,18 +7,21 @@ Where the device works on its own, a step is planned and launched before the las
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 
 from torchinfer.engine_info import EngineStats, ModelInfo, validate
-from torchinfer.errors import RequestError
+from torchinfer.errors import RequestError, StepMemoryError
 from torchinfer.output import SampleText
 from torchinfer.request import FinishReason, Request, TokenEvent, TokenLogprobs, Usage
 from torchinfer.runner import Launched, Runner, StepOutput
-from torchinfer.scheduler import Scheduler
+from torchinfer.scheduler import Plan, Scheduler
 from torchinfer.sequence import Sequence, Status
 from torchinfer.step_input import sampling_record
 from torchinfer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 GOLDEN = 0x9E3779B97F4A7C15  # spreads the seeds of a request's samples
 
@@ -103,8 +106,11 @@ class Engine:
         self._early_events.clear()
         if self._launched and self._needs_host_ids():
             events += self._collect()
-        plan = self._scheduler.schedule()
-        launched = self.runner.launch(plan, self._scheduler.page_table) if plan.num_tokens else None
+        plan, launched = self._scheduler.schedule(), None
+        try:
+            launched = self.runner.launch(plan, self._scheduler.page_table) if plan.num_tokens else None
+        except StepMemoryError as error:
+            events += self._end_step(plan, error)
         if self._launched:
             events += self._collect()
         self._launched = launched
@@ -221,6 +227,15 @@ class Engine:
             self._finish_sample(opened, event)
             events.append(event)
         return events
+
+    def _end_step(self, plan: Plan, error: StepMemoryError) -> list[TokenEvent]:
+        """End the requests of a step that was planned and not run. Nothing of it is remembered: not its pages either,
+        which is why this comes before the ids of the step before it are taken."""
+        logger.error("%s", error)
+        sequences = [*plan.decodes, *(chunk.sequence for chunk in plan.chunks)]
+        requests = dict.fromkeys(sequence.request_id for sequence in sequences)
+        found = (self._open.get(request_id) for request_id in requests)
+        return [event for opened in found if opened for event in self._end(opened, FinishReason.ERROR, str(error))]
 
     def _take_prompt_logprobs(self, output: StepOutput) -> None:
         for part in output.prompt_logprobs:

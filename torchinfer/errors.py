@@ -7,6 +7,7 @@
     ├── RequestError       a request asks for something that cannot be honoured
     ├── OverloadedError    the queue is full; the same request may succeed later
     ├── DeviceError        a device is not there, or its memory does not suffice
+    │   └── StepMemoryError   it does not suffice for one step: that step's requests have been ended
     └── EngineError        a step failed or the engine is closed; open requests have been ended
 
     try:
@@ -48,6 +49,10 @@ class OverloadedError(TorchinferError):
 
 class DeviceError(TorchinferError):
     """A device is not there, or its memory does not suffice."""
+
+
+class StepMemoryError(DeviceError):
+    """A step did not fit into the device's memory. Its requests end with an error, the engine goes on."""
 
 
 class EngineError(TorchinferError):

@@ -34,6 +34,7 @@ class Output:
     stop_match: str | int | None = None  # the stop string, or the stop or EOS id, that ended it
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # of sample 0
+    error: str | None = None  # with FinishReason.ERROR: why it ended
     usage: Usage | None = None  # of the whole request, on its sample that finished last
 
 
@@ -182,7 +183,7 @@ def _gather(prompt: Prompt, n: int, stream: Iterator[TokenEvent]) -> list[Output
         output.token_ids += event.token_ids
         output.finish_reason = event.finish_reason
         output.stop_match = event.stop_match
-        output.usage = event.usage
+        output.usage, output.error = event.usage, event.error
         if event.logprobs is not None:
             output.logprobs = (output.logprobs or []) + event.logprobs
         if event.prompt_logprobs is not None:

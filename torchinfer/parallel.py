@@ -257,7 +257,7 @@ def _division(name: str, model: DividedModel, tensor: Tensor, share: Tensor) -> 
 
 
 def _num_inputs(module: nn.Module) -> int:
-    assert isinstance(module, Linear)
+    assert isinstance(module, Linear) and isinstance(module.weight, nn.Parameter | QuantizedMatrix)
     return module.weight.shape[-1]
 
 

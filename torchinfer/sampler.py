@@ -17,6 +17,11 @@ class LogprobTensors:
     top_ids: Tensor  # [N, k] int64
     top_logprobs: Tensor  # [N, k] float32
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which they are given."""
+        return self.logprob, self.rank, self.top_ids, self.top_logprobs
+
 
 def apply_edits(logits: Tensor, row: Tensor, token: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """Penalize and bias single logits [R, V] float32; the others are [N]. Equal (row, token) must be equal edits."""

@@ -131,6 +131,21 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, dim: int, num_chips: int) ->
     return tensor
 
 
+def placeholder(shape: tuple[int, ...], dtype: torch.dtype, dim: int, num_chips: int) -> Tensor:
+    """As `zeros`, without memory: for programs that are compiled and do not run."""
+    import torch_xla.core.xla_builder as xla_builder
+
+    sharding, whole = _placing(shape, dim, num_chips)
+    tensor = xla_builder.create_placeholder_tensor(tuple(whole), dtype)
+    _xlac()._xla_annotate_custom_sharding(tensor, sharding)
+    return _tensor(tensor)
+
+
+def whole_shape(share: Sequence[int], dim: int, num_chips: int) -> torch.Size:
+    """Of what all chips have together."""
+    return torch.Size(size * num_chips if at == dim else size for at, size in enumerate(share))
+
+
 def renewed(tensor: Tensor) -> Tensor:
     """The same memory as a new tensor, to call a function with that will be traced; waits until it is there.
 
@@ -197,7 +212,7 @@ def _gather(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
 @_to_global.register_fake
 @_gather.register_fake
 def _together(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
-    return tensor.new_empty(_whole_shape(tensor.shape, dim, num_chips))
+    return tensor.new_empty(whole_shape(tensor.shape, dim, num_chips))
 
 
 @torch.library.custom_op("torchinfer::spmd_all_reduce", mutates_args=(), device_types="xla")
@@ -211,11 +226,7 @@ def _(tensor: Tensor, num_chips: int) -> Tensor:
 
 
 def _placing(shape: Sequence[int], dim: int, num_chips: int) -> tuple[Any, torch.Size]:
-    return _sharding(len(shape), dim, num_chips), _whole_shape(shape, dim, num_chips)
-
-
-def _whole_shape(share: Sequence[int], dim: int, num_chips: int) -> torch.Size:
-    return torch.Size(size * num_chips if at == dim else size for at, size in enumerate(share))
+    return _sharding(len(shape), dim, num_chips), whole_shape(shape, dim, num_chips)
 
 
 @functools.lru_cache

@@ -59,7 +59,7 @@ class SpmdRunner(XlaRunner):
         return self._step.head(hidden, rows)
 
     def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
-        """As each chip sees it, because XLA cannot divide a kernel."""
+        """Each chip draws all ids from all logits, because XLA cannot divide a kernel."""
         own = (self._step.everywhere(each) for each in (logits, top_k, reals))
         return self._step.from_all(super()._sample_eager(*own))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from torchinfer.device import (
     flush,
     free_memory_bytes,
     keep_compiled_programs,
+    peak_bytes,
+    release_memory,
     resolve_device,
     tensor_cores,
+    total_memory_bytes,
 )
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
-from torchinfer.errors import CheckpointError, ConfigError, raise_all
+from torchinfer.errors import CheckpointError, ConfigError, DeviceError, StepMemoryError, raise_all
 from torchinfer.kv_cache.pages import PagePool
 from torchinfer.kv_cache.prefix import PrefixCache
 from torchinfer.kv_cache.tensors import (
@@ -45,6 +49,8 @@ from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import DividedModel, local_config, partition_problems
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
+from torchinfer.spmd_matrices import prepare_chips
+from torchinfer.step_memory import MemoryPlan, largest_steps
 from torchinfer.tokenizer import Tokenizer
 from torchinfer.tokenizer_files import load_tokenizer
 
@@ -71,7 +77,12 @@ def start_engine(config: EngineConfig) -> Engine:
     tokenizer = load_tokenizer(config.model)
     model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
     bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
-    free = free_memory_bytes(device, model.share_bytes if isinstance(model, DividedModel) else 0)
+    kernels.load_ports(device.type)
+    memory = None
+    if device.type == "cuda" and isinstance(model, Decoder):
+        memory = _measure_memory(config, model, page_size, kv_cache_dtype, device, max_model_len)
+    used = model.share_bytes if isinstance(model, DividedModel) else 0
+    free = free_memory_bytes(device, used) if memory is None else memory.free
     num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
     logger.info(
         "KV cache: %d pages of %d tokens, %s, %.1f MiB",
@@ -80,11 +91,12 @@ def start_engine(config: EngineConfig) -> Engine:
         _name(kv_cache_dtype),
         num_pages * bytes_per_page / MIB,
     )
-    kernels.load_ports(device.type)
+    if memory is not None:
+        memory = replace(memory, cache=num_pages * bytes_per_page)
     num_chips = config.tensor_parallel_size
     kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
-    runner = _runner(config, model, kv_caches, page_size, device, max_model_len)
+    runner = _runner(config, model, kv_caches, page_size, device, max_model_len, memory)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
@@ -114,6 +126,8 @@ def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
         keep_compiled_programs(Path(config.compile_cache))
+    if tensor_cores(device):
+        kernels.load_sampler()
     return device
 
 
@@ -133,11 +147,14 @@ def _load(
         "moe_capacity_factor": config.moe_capacity_factor,
         "progress": config.progress,
     }
+    num_cores = tensor_cores(device)
     if config.tensor_parallel_size > 1:
-        return load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+        divided = load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
+        if num_cores is not None:
+            prepare_chips(divided, num_cores, lambda: flush(device))
+        return divided
     smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
     model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
-    num_cores = tensor_cores(device)
     # A layer at a time: only one is there twice.
     model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
     return model
@@ -182,21 +199,64 @@ def _runner(
     page_size: int,
     device: torch.device,
     max_model_len: int,
+    memory: MemoryPlan | None = None,
 ) -> Runner:
-    sizes = {
-        "table_width": -(-max_model_len // page_size),
-        "max_num_requests": config.max_num_requests,
-        "max_num_tokens": config.max_num_batched_tokens,
-    }
+    sizes = _sizes(config, max_model_len, page_size)
     if isinstance(model, DividedModel):
         from torchinfer.spmd_runner import SpmdRunner
 
         return SpmdRunner(model, kv_caches, page_size, device, **sizes)
     if device.type != "xla":
-        return EagerRunner(model, kv_caches, page_size, device)
+        has_buckets = config.cuda_graphs and device.type == "cuda"
+        return EagerRunner(model, kv_caches, page_size, device, **sizes, has_buckets=has_buckets, memory=memory)
     from torchinfer.xla_runner import XlaRunner
 
     return XlaRunner(model, kv_caches, page_size, device, **sizes)
+
+
+def _measure_memory(
+    config: EngineConfig,
+    model: Decoder,
+    page_size: int,
+    kv_cache_dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> MemoryPlan:
+    """Run the largest steps over a cache of one page.
+
+    Raises:
+        DeviceError: when not even they fit, with the arithmetic.
+    """
+    release_memory(device)
+    sizes = _sizes(config, max_model_len, page_size)
+    kv_caches = allocate(model.config, 1, page_size, kv_cache_dtype, device)
+    runner = EagerRunner(model, kv_caches, page_size, device, **sizes, has_buckets=False, memory=None)
+    total = total_memory_bytes(device)
+    before = total - free_memory_bytes(device)
+    try:
+        peaks = [
+            peak_bytes(lambda step=step: runner.collect(runner.launch(*step)), device)  # type: ignore[misc]
+            for step in largest_steps(**sizes, page_size=page_size)
+        ]
+    except StepMemoryError as error:
+        raise DeviceError(
+            f"the largest steps, of max_num_batched_tokens={config.max_num_batched_tokens} tokens and of "
+            f"max_num_requests={config.max_num_requests} requests, do not fit beside what is taken of {device}, "
+            f"{before / MIB:.0f} of {total / MIB:.0f} MiB: lower them, or quantize the weights"
+        ) from error
+    taken = total - free_memory_bytes(device)
+    memory = MemoryPlan(total, taken, max(peaks), peaks[1] if config.cuda_graphs else 0)
+    logger.info("memory of %s, for the KV cache what is left: %s", device, memory)
+    return memory
+
+
+def _sizes(config: EngineConfig, max_model_len: int, page_size: int) -> dict[str, int]:
+    """The largest that a step can be."""
+    return {
+        "table_width": -(-max_model_len // page_size),
+        "max_num_requests": config.max_num_requests,
+        "max_num_tokens": config.max_num_batched_tokens,
+    }
 
 
 def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -3,13 +3,14 @@
     int32[size]:  6 x T (tokens, positions, slot, row, rope_length, feed) | 2 x R (kv_length, sample_index)
                 | R + 1 query_start | R x W page_table | R top_k | 4 x R float32 bits
 
-T tokens, R request rows, W pages per row: exact on CPU and CUDA, padded to buckets on XLA (see batch.py).
+T tokens, R request rows, W pages per row: padded to buckets on XLA (see batch.py) and where requests decode on CUDA,
+exact elsewhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,11 +27,12 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The padded sizes of a step; one compiled program each on XLA."""
+    """The padded sizes of a step; one compiled program each on XLA, one graph each on CUDA."""
 
     num_tokens: int
     num_requests: int
     table_width: int
+    is_decode: bool = False  # each row has one token, those that pad, too: they are requests in page 0
 
     @property
     def ends(self) -> tuple[int, int, int, int, int]:
@@ -82,10 +84,11 @@ class PackedStep:
     sampling: Ints  # [5 * R]
 
     @classmethod
-    def empty(cls, shape: StepShape) -> Self:
-        """All zeros."""
+    def empty(cls, shape: StepShape, memory: Ints | None = None) -> Self:
+        """All zeros, in memory [size] that is given, or in its own."""
         a, b, c, d, end = shape.ends
-        packed = np.zeros(end, np.int32)
+        packed = np.empty(end, np.int32) if memory is None else memory
+        packed[:] = 0
         per_token = packed[:a].reshape(6, shape.num_tokens)
         per_request = packed[a:b].reshape(2, shape.num_requests)
         page_table = packed[c:d].reshape(shape.num_requests, shape.table_width)
@@ -93,14 +96,24 @@ class PackedStep:
         return cls(*parts)
 
 
-def pack(plan: Plan, page_table: Ints, page_size: int, shape: StepShape) -> PackedStep:
-    """Write a plan into one array. `page_table` is the scheduler's, [rows, pages]."""
-    step = PackedStep.empty(shape)
+def buckets(smallest: int, largest: int, factor: int = 2) -> list[int]:
+    """`smallest` times powers of `factor`, up to the first that holds `largest`."""
+    sizes = [smallest]
+    while sizes[-1] < largest:
+        sizes.append(sizes[-1] * factor)
+    return sizes
+
+
+def pack(plan: Plan, page_table: Ints, page_size: int, shape: StepShape, memory: Ints | None = None) -> PackedStep:
+    """Write a plan into one array. `page_table` is the scheduler's, [rows, pages]; `memory`: see `PackedStep.empty`."""
+    step = PackedStep.empty(shape, memory)
     _pack_decodes(plan, step)
     _pack_chunks(plan, step)
     rows = [s.row for s in plan.decodes] + [chunk.sequence.row for chunk in plan.chunks]
     step.page_table[: len(rows)] = page_table[rows, : shape.table_width]
-    if plan.num_tokens < shape.num_tokens or len(rows) < shape.num_requests:
+    if shape.is_decode:
+        _pack_decode_padding(len(rows), step)
+    elif plan.num_tokens < shape.num_tokens or len(rows) < shape.num_requests:
         _pack_padding(plan.num_tokens, len(rows), step)
     n = plan.num_tokens
     page, offset = np.divmod(step.positions[:n], page_size)
@@ -146,6 +159,15 @@ def _pack_padding(num_tokens: int, num_rows: int, step: PackedStep) -> None:
     step.feed[num_tokens:] = -1
 
 
+def _pack_decode_padding(num_rows: int, step: PackedStep) -> None:
+    """Padded rows: a request of one token, at position 0 of page 0, which it writes and reads."""
+    numbers = np.arange(num_rows, len(step.kv_length) + 1)
+    step.query_start[num_rows:] = numbers
+    step.row[num_rows:] = step.sample_index[num_rows:] = numbers[:-1]
+    step.kv_length[num_rows:] = step.rope_length[num_rows:] = 1
+    step.feed[num_rows:] = -1
+
+
 def split_sampling(sampling: Ints) -> tuple[Ints, NDArray[np.float32]]:
     """top_k [R] and the bits of temperature, top_p, min_p and uniform [4, R], as views."""
     num_requests = len(sampling) // 5
@@ -188,7 +210,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def unpack(packed: Tensor, shape: StepShape, page_size: int, plan: Plan | None) -> StepInput:
     """Take the forward part of a packed step, [num_forward], apart as views.
 
-    `plan` gives the host's knowledge; None leaves it out (XLA).
+    `plan` gives the host's knowledge; None leaves it out (XLA). Where rows decode, the shape knows enough.
     """
     a, b, c, d, _ = shape.ends
     tokens, positions, slot, row, rope_length, feed = packed[:a].view(6, shape.num_tokens).unbind()
@@ -203,11 +225,20 @@ def unpack(packed: Tensor, shape: StepShape, page_size: int, plan: Plan | None) 
         kv_length=kv_length,
         page_table=packed[c:d].view(shape.num_requests, shape.table_width),
         page_size=page_size,
-        num_decodes=len(plan.decodes) if plan else None,
-        max_decode_kv_length=plan.max_decode_kv_length if plan else None,
-        prefills=_prefills(plan) if plan else None,
+        **_host_facts(shape, page_size, plan),
     )
     return StepInput(batch, feed, sample_index)
+
+
+def _host_facts(shape: StepShape, page_size: int, plan: Plan | None) -> dict[str, Any]:
+    """The fields of a batch that no device is asked for."""
+    if shape.is_decode:
+        longest = shape.table_width * page_size
+        return {"num_decodes": shape.num_requests, "max_decode_kv_length": longest, "prefills": ()}
+    if plan is None:
+        return {}
+    longest = plan.max_decode_kv_length
+    return {"num_decodes": len(plan.decodes), "max_decode_kv_length": longest, "prefills": _prefills(plan)}
 
 
 def unpack_sampling(sampling: Tensor) -> SamplingTensors:

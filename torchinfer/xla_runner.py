@@ -32,7 +32,7 @@ from torchinfer.request import MAX_LOGPROBS
 from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
 from torchinfer.sampler import LogprobTensors, apply_edits, logprobs_of
 from torchinfer.scheduler import Chunk, Plan
-from torchinfer.step_input import Ints, StepShape, pack, split_sampling, unpack
+from torchinfer.step_input import Ints, StepShape, buckets, pack, split_sampling, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,6 @@ EDITS_AT_A_TIME = 1024
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def buckets(smallest: int, largest: int) -> list[int]:
-    """Powers of two from `smallest` up to the first that holds `largest`."""
-    sizes = [smallest]
-    while sizes[-1] < largest:
-        sizes.append(sizes[-1] * 2)
-    return sizes
 
 
 class XlaRunner:

@@ -141,7 +141,10 @@ def attend(
     return largest, total, result, second
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_width", "num_spans"],
+    do_not_specialize_on_alignment=["page_table", "query_start", "kv_length"],
+)
 def decode_kernel(
     query: tl.tensor,  # [T, H, D]
     data: tl.tensor,  # [2, slots, K, D]
@@ -219,7 +222,7 @@ def decode_kernel(
     tl.store(partial + place[:, None] * SIZE + column[None, :], result, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_spans"], do_not_specialize_on_alignment=["query_start", "kv_length"])
 def merge_kernel(
     partial: tl.tensor,  # [R, H, spans, D] float32
     statistics: tl.tensor,  # [R, H, spans, 2] float32
@@ -272,7 +275,10 @@ def row_of(
     return low - 1
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "table_width"],
+    do_not_specialize_on_alignment=["page_table", "query_start", "kv_length"],
+)
 def chunk_kernel(
     query: tl.tensor,  # [T, H, D]
     data: tl.tensor,  # [2, slots, K, D]

@@ -1,7 +1,7 @@
 """What Triton's interpreter lacks: for tests of the kernels where there is no GPU, with TRITON_INTERPRET=1.
 
-In Triton 3.5 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 instead of its numbers,
-and makes loops' bounds of arrays, which numpy does not take from 2.4 on.
+In Triton 3.5 and 3.6 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 in place of its
+numbers, and makes loops' bounds of arrays, which numpy does not take from 2.4 on.
 """
 
 from __future__ import annotations
@@ -43,9 +43,15 @@ def _dot(self: Any, a: Any, b: Any, sum: Any, precision: Any, most_imprecise: An
 def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
     kind = left.dtype.scalar
     if kind not in TORCH_DTYPES:
-        return interpreter.TensorHandle(operation(left.data, right.data), kind)
+        return interpreter.TensorHandle(_as(kind, operation(left.data, right.data)), kind)
     result = operation(_numbers(left), _numbers(right))
     return _cast(self, interpreter.TensorHandle(result, tl.float32), kind)
+
+
+def _as(kind: Any, result: Any) -> Any:
+    """numpy makes 64 bits of 32 and 64; a comparison gives bits, and Triton 3.6 wants no more bits than `kind` has."""
+    dtype = interpreter._get_np_dtype(kind)
+    return result.astype(dtype) if result.dtype != bool and result.dtype.itemsize > dtype.itemsize else result
 
 
 def _numbers(handle: Any) -> numpy.ndarray[Any, Any]:
@@ -60,6 +66,6 @@ def _numbers(handle: Any) -> numpy.ndarray[Any, Any]:
 _patch_upstream = interpreter._patch_lang_tensor
 
 
-def _patch_tensor(tensor: Any) -> None:
-    _patch_upstream(tensor)
+def _patch_tensor(tensor: Any, *scope: Any) -> None:  # which Triton 3.6 adds
+    _patch_upstream(tensor, *scope)
     tensor.__index__ = lambda self: self.handle.data.item()

@@ -110,12 +110,25 @@ def multiply(
         ValueError: tensors do not fit together.
     """
     _require_fit(x, matrix, group_sizes)
+    if matrix.activations == "none":
+        return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
+    rounded, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
+
+
+def multiply_rows(
+    x: Tensor,  # [N, I], as it is multiplied
+    row_scale: Tensor | None,  # float32 [N], of rows in 8 bits
+    matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
+    group_sizes: Tensor | None,  # int32 [E]
+    dtype: torch.dtype,  # of the result
+    activation: str = "none",
+) -> Tensor:
+    """`multiply` of rows that were rounded before, where the matrix asks for that."""
+    _require_fit(x, matrix, group_sizes)
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
-    result = torch.empty(num_rows, num_results, dtype=x.dtype, device=x.device)
-    row_scale = None
-    if matrix.activations != "none":
-        x, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
     if matrix.is_nibbles:
         x = x.view(num_rows, -1, matrix.parts).transpose(1, 2).reshape(num_rows, -1)  # all that lie first, then second
     num_groups = 0 if group_sizes is None else len(group_sizes)

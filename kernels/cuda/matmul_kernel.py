@@ -68,7 +68,7 @@ def multiply_add(a: tl.tensor, b: tl.tensor, total: tl.tensor, SUM: tl.constexpr
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def matmul_kernel(
     x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; even, then odd inputs for nibbles
     values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES

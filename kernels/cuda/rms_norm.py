@@ -48,7 +48,7 @@ def rms_norm(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x: tl.tensor,  # rows of `size` numbers, `num_inner` of them every `stride_outer`
     weight: tl.tensor,  # [D]
@@ -71,10 +71,25 @@ def rms_norm_kernel(
     start = (row // num_inner) * stride_outer + (row % num_inner) * stride_inner
     numbers = tl.load(x + start[:, None] + column[None, :], mask=is_there, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+    product = normalize(numbers, factor, size, epsilon, offset, HAS_OFFSET, result.dtype.element_ty)
+    tl.store(result + row[:, None] * size + column[None, :], product, mask=is_there)
+
+
+@triton.jit
+def normalize(
+    numbers: tl.tensor,  # [R, D] float32, zeros past the end
+    factor: tl.tensor,  # [1, D] float32
+    size: tl.tensor,
+    epsilon: tl.tensor,
+    offset: tl.tensor,
+    HAS_OFFSET: tl.constexpr,
+    DTYPE: tl.constexpr,
+) -> tl.tensor:  # [R, D] of DTYPE
+    """Rows over their root mean square, times the factor."""
     square = tl.sum(numbers * numbers, 1) / size
     normalized = numbers * tl.rsqrt(square + epsilon)[:, None]
     if HAS_OFFSET:
         product = normalized * (factor + offset)
     else:
-        product = normalized.to(result.dtype.element_ty).to(tl.float32) * factor
-    tl.store(result + row[:, None] * size + column[None, :], product.to(result.dtype.element_ty), mask=is_there)
+        product = normalized.to(DTYPE).to(tl.float32) * factor
+    return product.to(DTYPE)

@@ -102,7 +102,7 @@ def threshold_of(
     return high.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["temperatures", "top_ps", "min_ps", "uniforms", "top_ks"])
 def sample_kernel(
     logits: tl.tensor,  # [R, V]
     temperatures: tl.tensor,  # [R]

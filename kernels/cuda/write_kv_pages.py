@@ -72,7 +72,7 @@ def require_cache(kv_cache: KVCache) -> None:
         require(is_fit, "scales are [2, P, page_size, K], contiguous float32", data, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot"])
 def write_kernel(
     key: tl.tensor,  # [T, K, D]
     value: tl.tensor,  # [T, K, D]

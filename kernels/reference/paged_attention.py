@@ -38,9 +38,6 @@ def paged_attention(
 ) -> Tensor:
     """See the door."""
     num_decodes, max_length, chunks = _host_facts(batch)
-    if num_decodes == 1:
-        # Alone, a row that decodes is a chunk of one token: its pages are cut exactly, nothing has to be masked.
-        num_decodes, chunks = 0, ((0, 0, 1, max_length), *chunks)
     result = torch.empty_like(query)
     num_at_once = max(1, MAX_GATHERED // max(max_length, 1))
     for start in range(0, num_decodes, num_at_once):

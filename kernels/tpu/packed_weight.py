@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from torchinfer.kernels.reference.dequantize import NIBBLE_ZERO, unpack_nibbles
 from torchinfer.kernels.tpu.page_layout import LANES, round_up
@@ -15,6 +17,7 @@ from torchinfer.kernels.tpu.word_layout import INPUT_MULTIPLE, pack_words
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
+SMALL_GROUPS = (32, 64)  # of inputs with a scale of their own; others are multiples of 128, or all inputs
 NAMES = {
     torch.int8: "int8",
     torch.uint8: "int4",
@@ -62,7 +65,7 @@ def can_prepare(weight: Tensor | QuantizedWeight) -> bool:
     is_known &= weight.zero is None or values.ndim == 2
     is_known &= weight.input_scale is None or (values.ndim == 2 and weight.input_scale.shape == (1,))
     is_known &= weight.activations in ("none", {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(values.dtype))
-    return is_known and (weight.scale.shape[-1] == 1 or group % LANES == 0)
+    return is_known and (weight.scale.shape[-1] == 1 or group % LANES == 0 or group in SMALL_GROUPS)
 
 
 def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | None:
@@ -77,16 +80,18 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
     if signed.dtype == torch.uint8:
         signed = unpack_nibbles(signed).to(torch.int8) - NIBBLE_ZERO
     shape = signed.shape
-    multiple = INPUT_MULTIPLE if num_groups == 1 else num_groups * weight.column_block
+    multiple = INPUT_MULTIPLE if num_groups == 1 else math.lcm(INPUT_MULTIPLE, weight.column_block)
+    num_inputs = round_up(shape[-1], multiple)
     scale = weight.scale
     if weight.row_block > 1:
         scale = scale.repeat_interleave(weight.row_block, -2)[..., : shape[-2], :]
-    scale = scale.transpose(-1, -2).contiguous()
+    missing = 0 if num_groups == 1 else num_inputs // weight.column_block - num_groups  # groups that only pad
+    scale = functional.pad(scale.transpose(-1, -2), (0, 0, 0, missing)).contiguous()
     if weight.zero is not None:
         zero = weight.zero.float() - (NIBBLE_ZERO if weight.values.dtype == torch.uint8 else 0)
-        shift = zero.T * scale
+        shift = functional.pad(zero.T, (0, 0, 0, missing)) * scale
     name = NAMES[weight.values.dtype]
-    words = pack_words(signed, name, round_up(shape[-1], multiple))
+    words = pack_words(signed, name, num_inputs)
     if len(shape) == 2:
         words, scale = words[None], scale[None]
     return PackedWeight(tuple(shape), name, words, scale, shift, weight.activations, weight.input_scale, num_cores)

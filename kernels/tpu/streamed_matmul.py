@@ -10,6 +10,7 @@ Source: arXiv 2211.15841 (blocks of rows and experts), 2208.07339 (scales of out
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -240,24 +241,26 @@ def _gated(products: list[Array], config: MatmulConfig) -> Array:
 
 def _product(x: Ref, words: Ref, scale: Ref, config: MatmulConfig) -> Array:
     """[rows of a tile, columns of a block] float32, in units. All loops are unrolled: the matrix unit is always fed."""
-    group = config.num_inputs // config.num_groups
-    parts = [
-        _sum(x, words, number * group, (number + 1) * group, config) * scale[0, number : number + 1]
-        for number in range(config.num_groups)
-    ]
+    parts = [total * scale[0, group : group + 1] for group, total in enumerate(_sums(x, words, config))]
     return functools.reduce(jnp.add, parts)
 
 
-def _sum(x: Ref, words: Ref, begin: int, end: int, config: MatmulConfig) -> Array:
-    """The products of inputs [begin, end), summed in int32 or float32 -> float32 [rows of a tile, columns]."""
+def _sums(x: Ref, words: Ref, config: MatmulConfig) -> Iterator[Array]:
+    """The products of each group of inputs, summed in int32 or float32 -> float32 [rows of a tile, columns]. A group is
+    32, 64, a multiple of 128, or all inputs."""
     dtype = jnp.int32 if config.is_integer else jnp.float32
-    numbers = NUMBERS_IN_WORD[config.name]
+    numbers, group = NUMBERS_IN_WORD[config.name], config.num_inputs // config.num_groups
     parts = []
-    for first in range(begin, end, LANES):
-        last = min(first + LANES, end)
+    for first in range(0, config.num_inputs, LANES):
+        last = min(first + LANES, config.num_inputs)
         matrix = unpack_words(words[0, first // numbers : last // numbers], config.name)
-        parts.append(jnp.dot(x[0, :, first:last], matrix, preferred_element_type=dtype))
-    return _join(functools.reduce(jnp.add, parts), config)
+        for begin in range(first, last, min(group, LANES)):
+            end = min(begin + group, last)
+            rows = matrix[begin - first : end - first]
+            parts.append(jnp.dot(x[0, :, begin:end], rows, preferred_element_type=dtype))
+            if end % group == 0:
+                yield _join(functools.reduce(jnp.add, parts), config)
+                parts = []
 
 
 def _join(total: Array, config: MatmulConfig) -> Array:

@@ -77,7 +77,7 @@ def test_linear_on_xla_equals_the_reference(name: str, dtype: torch.dtype) -> No
     assert_close(actual, quantized_matmul(x, weight) + bias, tolerance(weight, dtype))
 
 
-@pytest.mark.parametrize("name", ["int8", "int8_w8a8", "fp8"])
+@pytest.mark.parametrize("name", ["int8", "int8_w8a8", "int4_g32", "fp8"])
 def test_experts_on_xla_equal_the_reference(name: str) -> None:
     weight, x, sizes = random_experts(name, 3, 96, 64), torch.randn(9, 64), torch.tensor([2, 0, 5], dtype=torch.int32)
     prepared = kernels.prepare(on_xla(weight), num_cores=0)
@@ -92,7 +92,8 @@ def test_experts_on_xla_equal_the_reference(name: str) -> None:
 def test_what_the_kernel_does_not_take_stays_as_it_is() -> None:
     assert kernels.prepare(torch.ones(4, 64, dtype=torch.bfloat16), num_cores=1) is None
     assert kernels.prepare(torch.ones(2, 4, 64), num_cores=1) is None  # experts in float32
-    assert kernels.prepare(random_weight("int4_g64", 8, 128), num_cores=1) is None
+    odd = replace(random_weight("int4_g64", 8, 192), scale=torch.ones(8, 4), column_block=48)
+    assert kernels.prepare(odd, num_cores=1) is None
     weight = random_weight("int4", 8, 256)
     assert kernels.prepare(replace(weight, group_index=torch.zeros(1, 256, dtype=torch.int32)), num_cores=1) is None
 

@@ -68,8 +68,9 @@ def test_every_kind_of_block_is_traced(models, name):
 
 @pytest.mark.xla
 @pytest.mark.parametrize("name", ["gpt-j-6b", "mixtral-8x7b"])
-def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name):
-    """Two all-reduces a layer and one for the embeddings; logits are gathered; caches are a quarter."""
+def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, name):
+    """Two all-reduces a layer and one for the embeddings; caches and packed matrices of all chips, one behind the
+    other, of which the kernels see a share."""
     seen = []
 
     def record(text, topology, **options):
@@ -81,10 +82,12 @@ def test_chips_that_divide_a_model_add_up_their_parts(models, monkeypatch, name)
     found, options = planned(models, name, "v5e", "2x2", quantization="int8")
     compile_steps(found, options)
     text, topology, given = seen[0]
+    header = next(line for line in text.splitlines() if "func.func @main(" in line)
     assert text.count("stablehlo.all_reduce") == 5
-    assert text.count("stablehlo.all_gather") == 1
-    assert "tensor<9x72x128xi32>" in text and text.count("@tpu_custom_call") == 2 * KERNELS_OF_A_LAYER
-    assert (topology, given["num_devices"], given["is_replicated"], len(given["donate"])) == ("v5e:2x2", 4, True, 2)
+    assert header.count('tensor<36x72x128xi32> {mhlo.sharding = "{devices=[4,1,1]0,1,2,3}"}') == 2  # 4 * 9 pages
+    assert header.count('tensor<4x128x384xi32> {mhlo.sharding = "{devices=[4,1,1]0,1,2,3}"}') == 2  # q, k and v
+    assert text.count("@tpu_custom_call") == 2 * KERNELS_OF_A_LAYER
+    assert (topology, given["num_devices"], len(given["donate"])) == ("v5e:2x2", 4, 2)
 
 
 @pytest.mark.xla

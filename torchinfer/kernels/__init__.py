@@ -36,11 +36,14 @@ PORTS: dict[str, tuple[str, ...]] = {
     "grouped_matmul": ("cpu", "tpu", "cuda"),
     "grouped_gated_matmul": ("cpu", "tpu", "cuda"),
     "quantized_matmul": ("cuda",),
+    "linear_of_norm": ("cuda",),
+    "linear_of_gated": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
-    "sample": ("cpu", "tpu", "cuda"),
+    "sample": ("cpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
+COMPOSED = ("linear_of_norm", "linear_of_gated")  # without a port two ops of the door, one after the other
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
@@ -52,9 +55,11 @@ def load_ports(device_type: str) -> dict[str, Callable[..., Tensor]]:
         backend = _find_folder(device_type)
         table = {}
         for op, backends in PORTS.items():
+            if op in COMPOSED and backend not in backends:
+                continue
             folder = backend if backend in backends else "reference"
             table[op] = getattr(importlib.import_module(f"torchinfer.kernels.{folder}.{op}"), op)
-        fallbacks = [op for op, backends in PORTS.items() if backend not in backends]
+        fallbacks = [op for op, backends in PORTS.items() if backend not in backends and op in table]
         logger.info("kernels for %s: reference for %s", device_type, ", ".join(fallbacks) or "none")
         _loaded[device_type] = table
     return _loaded[device_type]
@@ -96,6 +101,13 @@ def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
     if device_type not in _loaded:
         load_ports(device_type)
     return _loaded[device_type][op]
+
+
+def _port_of_composed(op: str, x: Tensor, weight: object) -> Callable[..., Tensor] | None:
+    """None where the ops that it is made of are called: without a port, and where nothing is rounded to 8 bits."""
+    if not isinstance(weight, QuantizedWeight) or weight.activations == "none":
+        return None
+    return load_ports(x.device.type).get(op)
 
 
 def prepare(
@@ -157,6 +169,12 @@ def load_page_attention() -> None:
     ).attend_and_write
 
 
+def load_sampler() -> None:
+    """Let the TPU's kernel draw tokens on XLA, where the reference would sort: jax is imported."""
+    load_ports("xla")["sample"] = importlib.import_module("torchinfer.kernels.tpu.sample_op").sample
+    logger.info("kernels for xla: the TPU's for sample")
+
+
 def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x times the transposed matrix, plus bias.
 
@@ -167,6 +185,36 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight | PreparedWeight, bias: T
         product = quantized_matmul(x, weight)
         return product if bias is None else product + bias
     return _port("linear", x)(x, weight, bias)
+
+
+def linear_of_norm(
+    x: Tensor,
+    norm_weight: Tensor,
+    epsilon: float,
+    offset: float,
+    weight: Tensor | QuantizedWeight | PreparedWeight,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`linear` of `rms_norm`, with its bits; in fewer passes where inputs are rounded to 8 bits and the device can.
+
+    x: [N, I]; norm_weight: [I]; weight: [O, I]. Returns [N, O].
+    """
+    port = _port_of_composed("linear_of_norm", x, weight)
+    if port is None:
+        return linear(rms_norm(x, norm_weight, epsilon, offset), weight, bias)
+    product = port(x, norm_weight, epsilon, offset, weight)
+    return product if bias is None else product + bias
+
+
+def linear_of_gated(
+    gate_up: Tensor, activation: str, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None
+) -> Tensor:
+    """`linear` of `gated_activation`, as `linear_of_norm`. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
+    port = _port_of_composed("linear_of_gated", gate_up, weight)
+    if port is None:
+        return linear(gated_activation(gate_up, activation), weight, bias)
+    product = port(gate_up, activation, weight)
+    return product if bias is None else product + bias
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:

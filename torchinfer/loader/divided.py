@@ -47,4 +47,5 @@ def load_divided(
     loaded = whole.state_dict()
     for name, tensor in tensors_of(whole).items():
         model.tensors[name] = tensor if name in loaded else deliver(name, tensor)  # what no checkpoint has: constants
+    whole.to_empty(device="meta")  # or it would hold on to what chips exchange for packed matrices
     return model

@@ -42,11 +42,12 @@ class Block(Layer):
         if self._fused_attention is not None:
             x = self._fused_attention(x, rope, kv_cache, batch)
         else:
-            attended = self.attention(self.attention_norm(x), rope, kv_cache, batch)
+            attended = self.attention(x, rope, kv_cache, batch, self.attention_norm)
             x = x + (attended if self.attention_output_norm is None else self.attention_output_norm(attended))
         if self._fused_mlp is not None:
             return self._fused_mlp(x)
-        fed = self.mlp(self.mlp_norm(x), batch)
+        is_dense = isinstance(self.mlp, GatedMLP)  # experts and their router see the same rows
+        fed = self.mlp(x, batch, self.mlp_norm) if is_dense else self.mlp(self.mlp_norm(x), batch)
         return x + (fed if self.mlp_output_norm is None else self.mlp_output_norm(fed))
 
     def fuse(self) -> None:

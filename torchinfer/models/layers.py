@@ -5,8 +5,10 @@ Letters: T tokens, H query heads, K key-value heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ class Linear(Layer):
         names = [] if isinstance(outputs, int) else list(outputs)
         ends = list(accumulate(sizes))
         self.slots = {name: slice(end - size, end) for name, size, end in zip(names, sizes, ends, strict=bool(names))}
-        self.weight: nn.Parameter | QuantizedMatrix | PreparedWeight
+        self.weight: nn.Parameter | QuantizedMatrix | PreparedMatrix | PreparedWeight
         self.weight = nn.Parameter(torch.empty(ends[-1], in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(ends[-1]), requires_grad=False) if has_bias else None
 
@@ -51,13 +53,39 @@ class Linear(Layer):
         """What the device's kernels made of the matrix, if they did."""
         return None if isinstance(self.weight, nn.Module | nn.Parameter) else self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, in] -> [N, out]."""
-        weight = self.weight
-        if isinstance(weight, QuantizedMatrix):
-            bound = weight.scheme.input_bound
-            return kernels.linear(x if bound is None else x.clamp(-bound, bound), weight(), self.bias)
-        return kernels.linear(x, weight, self.bias)
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """[N, in] -> [N, out], of norm(x) if there is a norm."""
+        matrix = self.weight
+        if not isinstance(matrix, QuantizedMatrix):
+            weight = matrix() if isinstance(matrix, PreparedMatrix) else matrix
+            return kernels.linear(x if norm is None else norm(x), weight, self.bias)
+        bound = matrix.scheme.input_bound
+        if norm is not None and bound is None:
+            return kernels.linear_of_norm(x, norm.weight, norm.epsilon, norm.offset, matrix(), self.bias)
+        x = x if norm is None else norm(x)
+        return kernels.linear(x if bound is None else x.clamp(-bound, bound), matrix(), self.bias)
+
+    def of_gated(self, gate_up: Tensor, activation: str) -> Tensor:
+        """[N, 2 * in] -> [N, out], of the gated activation."""
+        matrix = self.weight
+        if isinstance(matrix, QuantizedMatrix) and matrix.scheme.input_bound is None:
+            return kernels.linear_of_gated(gate_up, activation, matrix(), self.bias)
+        return self(kernels.gated_activation(gate_up, activation))
+
+
+class PreparedMatrix(nn.Module):
+    """A matrix as the TPU's kernels have it, with buffers on meta: what it is called with takes their place."""
+
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, torch.empty_like(tensor, device="meta"))
+        self._empty = replace(weight, **dict(self.named_buffers()))
+
+    def forward(self) -> PreparedWeight:
+        """The matrix for a kernel."""
+        weight: PreparedWeight = replace(self._empty, **dict(self.named_buffers()))
+        return weight
 
 
 def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
@@ -65,17 +93,25 @@ def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:
 
     num_cores: of a TPU, see `kernels.prepare`.
     """
-    for name in getattr(layer, "MATRICES", ()):
+    for name in preparable(layer):
         matrix = getattr(layer, name)
-        is_quantized = isinstance(matrix, QuantizedMatrix)
-        if not is_quantized and not isinstance(matrix, nn.Parameter):
-            continue  # prepared before
-        if is_quantized and matrix.scheme.input_bound is not None:
-            continue  # its inputs are bounded by the layer, which must know the scheme
-        prepared = kernels.prepare(matrix() if is_quantized else matrix.data, may_overwrite=True, num_cores=num_cores)
+        own = matrix() if isinstance(matrix, QuantizedMatrix) else matrix.data
+        prepared = kernels.prepare(own, may_overwrite=True, num_cores=num_cores)
         if prepared is not None:
             delattr(layer, name)  # nn.Module does not let a parameter become anything else
             setattr(layer, name, prepared)
+
+
+def preparable(layer: nn.Module) -> Iterator[str]:
+    """The names of a layer's matrices that a device's kernels may have in a layout of theirs."""
+    for name in getattr(layer, "MATRICES", ()):
+        matrix = getattr(layer, name)
+        if isinstance(matrix, QuantizedMatrix):
+            # Inputs that are bounded are by the layer, which must know the scheme.
+            if matrix.scheme.input_bound is None:
+                yield name
+        elif isinstance(matrix, nn.Parameter):  # not prepared before
+            yield name
 
 
 class Embedding(Layer):
@@ -140,9 +176,11 @@ class Attention(Layer):
         self.window = config.windows[layer]
         self.is_interleaved = config.rope.is_interleaved
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]; writes this step's keys and values into kv_cache."""
-        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], of norm(x) if there is one; writes this step's keys and values into kv_cache."""
+        heads = self.qkv(x, norm).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
         query, key = self._rotate(query_key, rope)
         attended = kernels.attend_and_write(
@@ -169,9 +207,9 @@ class GatedMLP(Layer):
         self.down = Linear(intermediate_size, hidden_size, has_bias)
         self.activation = activation
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        return self.down(kernels.gated_activation(self.gate_up(x), self.activation))
+    def forward(self, x: Tensor, batch: Batch, norm: RMSNorm | None = None) -> Tensor:
+        """[T, hidden] -> [T, hidden], of norm(x) if there is a norm."""
+        return self.down.of_gated(self.gate_up(x, norm), self.activation)
 
 
 class MLP(Layer):

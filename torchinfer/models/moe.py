@@ -16,7 +16,7 @@ from torch.nn import functional
 from torchinfer import kernels
 from torchinfer.batch import Batch
 from torchinfer.models.config import MoEConfig
-from torchinfer.models.layers import GatedMLP, Layer, Linear
+from torchinfer.models.layers import GatedMLP, Layer, Linear, PreparedMatrix
 from torchinfer.quantization.matrix import QuantizedMatrix
 from torchinfer.quantized_weight import PreparedWeight
 
@@ -29,16 +29,16 @@ class Experts(Layer):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, activation: str) -> None:
         super().__init__()
         self.slots = {"gate": slice(0, intermediate_size), "up": slice(intermediate_size, 2 * intermediate_size)}
-        self.gate_up: nn.Parameter | QuantizedMatrix | PreparedWeight
-        self.down: nn.Parameter | QuantizedMatrix | PreparedWeight
+        self.gate_up: nn.Parameter | QuantizedMatrix | PreparedMatrix | PreparedWeight
+        self.down: nn.Parameter | QuantizedMatrix | PreparedMatrix | PreparedWeight
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size), requires_grad=False)
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size), requires_grad=False)
         self.activation = activation
 
     def forward(self, x: Tensor, group_sizes: Tensor) -> Tensor:
         """[N, hidden] sorted by expert, [E] int32 -> [N, hidden]; rows past the sum of the sizes become zero."""
-        gate_up = self.gate_up() if isinstance(self.gate_up, QuantizedMatrix) else self.gate_up
-        down = self.down() if isinstance(self.down, QuantizedMatrix) else self.down
+        gate_up = self.gate_up() if isinstance(self.gate_up, nn.Module) else self.gate_up
+        down = self.down() if isinstance(self.down, nn.Module) else self.down
         inner = kernels.grouped_gated_matmul(x, gate_up, group_sizes, self.activation)
         return kernels.grouped_matmul(inner, down, group_sizes)
 

@@ -24,8 +24,8 @@ from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
 from torchinfer.planner.options import PlanOptions
 from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
-from torchinfer.step_input import StepShape
-from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS, buckets
+from torchinfer.step_input import StepShape, buckets
+from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 @dataclass(frozen=True, slots=True)
 class CompiledStep:
-    """One program of the XLA runner, of one chip. Without `program` it does not compile: `error` says why."""
+    """A program of the engine, its bytes on one chip. Without `program` it does not compile: `error` says why."""
 
     placement: Placement
     kind: str  # decode or prefill
@@ -190,7 +190,7 @@ def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tup
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request))
         command = [sys.executable, "-m", "torchinfer.planner.trace", name]
-        environment = os.environ | {"PJRT_DEVICE": "CPU"}
+        environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(place.topology.num_chips)}
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_seconds)
         except subprocess.TimeoutExpired:
@@ -204,7 +204,6 @@ def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tup
             text,
             f"{place.accelerator.name}:{place.topology.name}",
             num_devices=place.topology.num_chips,
-            is_replicated=True,
             donate=donated,
             timeout_seconds=limit_seconds,
         )

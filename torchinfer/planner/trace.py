@@ -1,9 +1,6 @@
 """A step of a model as StableHLO, traced by torch_xla with placeholders: no weight and no cache takes memory. Run as a
-process, so that torch_xla starts on the CPU whatever the caller has: FOLDER, with request.json in it.
-
-One chip's program of a model that several chips divide by tensor parallelism: the model of one chip's sizes, with an
-all-reduce behind each row-parallel layer and the embeddings, and logits gathered. The engine's program is for all chips
-(spmd_step.py); this is what is left of it on one.
+process, so that torch_xla starts on the CPU, with as many chips, whatever the caller has: FOLDER, with request.json in
+it. It is the program that the engine's runner compiles, for one chip or for all that divide the model.
 """
 
 from __future__ import annotations
@@ -11,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,11 +18,16 @@ import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xla_model
 from torch import Tensor, nn
 
-from torchinfer import kernels
+from torchinfer import kernels, spmd
+from torchinfer.batch import KVCache
+from torchinfer.device import resolve_device
 from torchinfer.kv_cache.tensors import kernel_pages, make_layer
 from torchinfer.models.decoder import Decoder
-from torchinfer.parallel import connect, local_config
+from torchinfer.parallel import DividedModel, divide, local_config, tensors_of
 from torchinfer.planner.source import ModelSource, read_source
+from torchinfer.spmd import REPLICATED, STACKED
+from torchinfer.spmd_matrices import prepare_chips
+from torchinfer.spmd_step import SpmdStep
 from torchinfer.step_input import StepShape, unpack
 
 MLIR_TYPES = {
@@ -74,32 +76,62 @@ def trace_step(
     page_size: int,
     num_cores: int | None,  # that kernels run on; None: without them
 ) -> TracedStep:
-    """Trace the forward pass that the XLA runner compiles for a bucket, on one of `num_chips` chips.
-
-    For several chips once in a process: torch_xla makes each all-reduce wait for the one before, of other graphs too.
-    """
-    config = local_config(source.config, num_chips)
-    model = source.build(config).eval()
+    """Trace the forward pass that the engine compiles for a bucket, on all of `num_chips` chips."""
+    resolve_device("xla", num_chips)
     kernels.load_ports("xla")
+    config = local_config(source.config, num_chips)
+    pages = kernel_pages(config, cache_dtype, num_cores)
+
+    def place(share: tuple[int, ...], dtype: torch.dtype, dim: int = STACKED) -> Tensor:
+        return _placeholder(share, dtype) if num_chips == 1 else spmd.placeholder(share, dtype, dim, num_chips)
+
+    caches = [make_layer(config, num_pages, page_size, cache_dtype, pages, place) for _ in range(config.num_layers)]
+    tensors = [tensor for cache in caches for tensor in cache.tensors]
+    ints, last_ids = (place((size,), torch.int32, REPLICATED) for size in (shape.num_forward, shape.num_requests))
+    if num_chips == 1:
+        results = _on_one_chip(_model(source, num_cores), ints, last_ids, caches, shape, page_size)
+    else:
+        step = SpmdStep(_divided(source, num_chips, num_cores), page_size, pages)
+        after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters], shape)
+        results = [*after, hidden, logits]
+    text = with_places(xla_model.get_stablehlo(results))
+    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
+    return TracedStep(text, cache_arguments(text, types))
+
+
+def _on_one_chip(
+    model: Decoder, ints: Tensor, last_ids: Tensor, caches: list[KVCache], shape: StepShape, page_size: int
+) -> list[Tensor]:
+    step = unpack(ints, shape, page_size, None).fed(last_ids)
+    hidden = model(step.batch, caches)
+    logits = model.logits(hidden[step.sample_index])
+    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # with results of the same type in their order, and copies a cache that is paired with another layer's.
+    return [*(tensor for cache in caches for tensor in cache.tensors), hidden, logits]
+
+
+def _model(source: ModelSource, num_cores: int | None) -> Decoder:
+    """With placeholders in place of parameters and matrices; constants, such as frequencies, are moved."""
+    model = source.build(source.config).eval()
     _give_dtype(model, source.dtype)
     model.prepare(num_cores)
     _fill(model)
-    gather = _connect(model, num_chips)
-    pages = kernel_pages(config, cache_dtype, num_cores)
-    caches = [
-        make_layer(config, num_pages, page_size, cache_dtype, pages, _placeholder) for _ in range(config.num_layers)
-    ]
-    ints = _placeholder((shape.num_forward,), torch.int32)
-    last_ids = _placeholder((shape.num_requests,), torch.int32)
-    step = unpack(ints, shape, page_size, None).fed(last_ids)
-    hidden = model(step.batch, caches)
-    logits = gather(model.logits(hidden[step.sample_index]))
-    tensors = [tensor for cache in caches for tensor in cache.tensors]
-    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
-    # with results of the same type in their order, and copies a cache that is paired with another layer's.
-    text: str = xla_model.get_stablehlo([*tensors, hidden, logits])
-    types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
-    return TracedStep(text, cache_arguments(text, types))
+    return model
+
+
+def _divided(source: ModelSource, num_chips: int, num_cores: int | None) -> DividedModel:
+    """With placeholders in place of all tensors."""
+    model = divide(source.build(source.config), num_chips)
+    _give_dtype(model.local, source.dtype)
+    if num_cores is not None:
+        for name, share in tensors_of(model.local).items():
+            whole = spmd.whole_shape(share.shape, model.divisions[name].place, num_chips)
+            model.tensors[name] = torch.empty(whole, dtype=share.dtype, device="meta")
+        prepare_chips(model, num_cores)
+    for name, share in tensors_of(model.local).items():
+        place = model.divisions[name].place
+        model.tensors[name] = spmd.placeholder(tuple(share.shape), share.dtype, place, num_chips)
+    return model
 
 
 def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
@@ -140,24 +172,17 @@ def _fill(model: Decoder) -> None:
                 setattr(module, name, replace(matrix, **fields))
 
 
-def _connect(model: Decoder, num_chips: int) -> Callable[[Tensor], Tensor]:
-    """Let modules with parts of a sum add them up over all chips; what gathers the logits."""
-    if num_chips == 1:
-        return lambda logits: logits
-    groups = [list(range(num_chips))]
-
-    def reduce(part: Tensor) -> Tensor:
-        # Not xla_model.all_reduce: this form gives the sum as a value.
-        reduced: Tensor = torch_xla._XLAC._xla_all_reduce("sum", part, 1.0, groups, False)  # type: ignore[attr-defined]
-        return reduced
-
-    def gather(logits: Tensor) -> Tensor:
-        gathered: Tensor = xla_model.all_gather(logits, dim=1, groups=groups, pin_layout=False)
-        return gathered
-
-    model.embedding.first_row = _placeholder((1,), torch.int32)
-    connect(model, reduce)
-    return gather
+def with_places(text: str) -> str:
+    """A program whose arguments say where they are, as what takes them first in its body does."""
+    places = dict(re.findall(r'@Sharding\((%arg\d+)\) \{.*?mhlo\.sharding = ("[^"]*")', text))
+    lines = text.splitlines(keepends=True)
+    at = next(index for index, line in enumerate(lines) if "func.func @main(" in line)
+    lines[at] = re.sub(
+        r"(%arg\d+): tensor<[^>]*>",
+        lambda found: f"{found[0]} {{mhlo.sharding = {places[found[1]]}}}" if found[1] in places else found[0],
+        lines[at],
+    )
+    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
-"""Tokens drawn from logits on XLA: by the kernel on a TPU of one chip, else by the reference, with its sort."""
+"""Tokens drawn from logits by the kernel, as a torch op: what a model on torch_xla calls, on each chip for itself."""
 
 from __future__ import annotations
 
 import functools
-import os
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchinfer.kernels.reference.sample import sample as reference
+from torchinfer.kernels.tpu.exported import Shapes, export_for_tpu, shapes_of
+from torchinfer.kernels.tpu.sample_kernel import sample_tokens
 
 if TYPE_CHECKING:
     from torchinfer.batch import SamplingTensors
-    from torchinfer.kernels.tpu.exported import Shapes
-
-KINDS = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p")  # as torch_xla names them
 
 
 def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
@@ -26,23 +22,9 @@ def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
     return ids
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Whether the kernel runs there; XLA does not divide kernels among chips."""
-    if os.environ.get("PJRT_DEVICE") != "TPU" or os.environ.get("XLA_USE_SPMD") == "1":
-        return False
-    import torch_xla.core.xla_model as xla_model
-
-    return xla_model.xla_device_kind(device) in KINDS
-
-
 @torch.library.custom_op("torchinfer::sample_tokens", mutates_args=(), device_types="xla")
 def _op(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
-    if not has_kernel(logits.device):
-        named: Any = SimpleNamespace(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, uniform=uniform)
-        return reference(logits, named, any_filter=True)
     import torch_xla.core.xla_builder as xla_builder
-
-    from torchinfer.kernels.tpu.exported import shapes_of
 
     arguments = logits, torch.stack((temperature, top_k.float(), top_p, min_p, uniform), 1)
     ids: Tensor = xla_builder.call_jax(_kernel(shapes_of(arguments)), arguments)
@@ -56,7 +38,4 @@ def _(logits: Tensor, *params: Tensor) -> Tensor:
 
 @functools.cache  # torch_xla knows a function by its id
 def _kernel(shapes: Shapes) -> Any:
-    from torchinfer.kernels.tpu.exported import export_for_tpu
-    from torchinfer.kernels.tpu.sample_kernel import sample_tokens
-
     return export_for_tpu(sample_tokens, shapes)

@@ -1,0 +1,72 @@
+"""Products of gated activations in 8 bits in Triton: a row is read once, computed and rounded in registers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchinfer.kernels.cuda.gated_activation import activate, gated_activation
+from torchinfer.kernels.cuda.launch import with_dense_columns
+from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.quantize_rows import scale_of, to_8_bits
+from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
+
+if TYPE_CHECKING:
+    from torchinfer.quantized_weight import QuantizedWeight
+
+MOST = 32768  # numbers of a row that a program holds in registers
+
+
+def linear_of_gated(
+    gate_up: Tensor,  # [N, 2 * F]
+    activation: str,
+    weight: QuantizedWeight,  # [O, F]
+) -> Tensor:  # [N, O]
+    """See the door: the bits of `quantized_matmul` of `gated_activation`."""
+    num_rows, size = len(gate_up), gate_up.shape[1] // 2
+    is_fused = is_supported(gate_up, weight) and gate_up.shape[1] % 2 == 0 and size <= MOST
+    if not is_fused or weight.activations == "none" or weight.input_scale is not None:
+        return quantized_matmul(gated_activation(gate_up, activation), weight)
+    rows = with_dense_columns(gate_up)
+    numbers = torch.empty(num_rows, size, dtype=ACTIVATIONS[weight.activations], device=gate_up.device)
+    scale = torch.empty(num_rows, device=gate_up.device)
+    block = triton.next_power_of_2(size)
+    gate_and_round_kernel[(num_rows,)](
+        rows,
+        numbers,
+        scale,
+        size,
+        rows.stride(0),
+        ACTIVATION=activation,
+        BLOCK_SIZE=block,
+        num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
+    )
+    return multiply_rows(numbers, scale, as_matrix(weight), None, gate_up.dtype)
+
+
+@triton.jit
+def gate_and_round_kernel(
+    gate_up: tl.tensor,  # [N, 2 * F]
+    numbers: tl.tensor,  # [N, F] int8 or e4m3, written
+    scale: tl.tensor,  # [N], written
+    size: tl.tensor,
+    stride: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """A program computes a row and rounds it. Numbers are rounded to the dtype of the row on the way, as one by one."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    is_there = column < size
+    place = gate_up + row * stride + column
+    gate = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
+    up = tl.load(place + size, mask=is_there, other=0.0).to(tl.float32)
+    active = activate(gate, ACTIVATION).to(gate_up.dtype.element_ty).to(tl.float32)
+    product = (active * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    row_scale = scale_of(product, numbers.dtype.element_ty)
+    tl.store(scale + row + tl.arange(0, 1), row_scale)
+    tl.store(numbers + row * size + column, to_8_bits(product, row_scale, numbers.dtype.element_ty), mask=is_there)

@@ -1,0 +1,76 @@
+"""Products of normalized rows in 8 bits in Triton: a row is read once, normalized and rounded in registers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchinfer.kernels.cuda.launch import DTYPES, require, with_dense_columns
+from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.quantize_rows import scale_of, to_8_bits
+from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
+from torchinfer.kernels.cuda.rms_norm import BLOCK, NUM_WARPS, normalize, rms_norm
+
+if TYPE_CHECKING:
+    from torchinfer.quantized_weight import QuantizedWeight
+
+
+def linear_of_norm(
+    x: Tensor,  # [N, I]
+    norm_weight: Tensor,  # [I]
+    epsilon: float,
+    offset: float,
+    weight: QuantizedWeight,  # [O, I]
+) -> Tensor:  # [N, O]
+    """See the door: the bits of `quantized_matmul` of `rms_norm`."""
+    is_fused = x.ndim == 2 and x.dtype in DTYPES and norm_weight.dtype == x.dtype and is_supported(x, weight)
+    if not is_fused or weight.activations == "none" or weight.input_scale is not None:
+        return quantized_matmul(rms_norm(x, norm_weight, epsilon, offset), weight)
+    require(norm_weight.shape == x.shape[-1:], "linear_of_norm takes a norm's weight [I]", x, norm_weight)
+    rows = with_dense_columns(x)
+    numbers = torch.empty(x.shape, dtype=ACTIVATIONS[weight.activations], device=x.device)
+    scale = torch.empty(len(x), device=x.device)
+    block = triton.next_power_of_2(x.shape[1])
+    norm_and_round_kernel[(len(x),)](
+        rows,
+        norm_weight.contiguous(),
+        numbers,
+        scale,
+        x.shape[1],
+        rows.stride(0),
+        epsilon,
+        offset,
+        HAS_OFFSET=offset != 0,
+        BLOCK_SIZE=block,
+        num_warps=NUM_WARPS.get(max(block, BLOCK), 16),
+    )
+    return multiply_rows(numbers, scale, as_matrix(weight), None, x.dtype)
+
+
+@triton.jit
+def norm_and_round_kernel(
+    x: tl.tensor,  # [N, I]
+    weight: tl.tensor,  # [I]
+    numbers: tl.tensor,  # [N, I] int8 or e4m3, written
+    scale: tl.tensor,  # [N], written
+    size: tl.tensor,
+    stride: tl.tensor,
+    epsilon: tl.tensor,
+    offset: tl.tensor,
+    HAS_OFFSET: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """A program normalizes a row and rounds it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_SIZE)[None, :]
+    is_there = column < size
+    own = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
+    factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
+    normalized = normalize(own, factor, size, epsilon, offset, HAS_OFFSET, x.dtype.element_ty).to(tl.float32)
+    row_scale = scale_of(normalized, numbers.dtype.element_ty)
+    tl.store(scale + row + tl.arange(0, 1), row_scale)
+    tl.store(numbers + row * size + column, to_8_bits(normalized, row_scale, numbers.dtype.element_ty), mask=is_there)
