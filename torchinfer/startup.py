@@ -84,36 +84,39 @@ def start_engine(config: EngineConfig) -> Engine:
     used = model.share_bytes if isinstance(model, DividedModel) else 0
     free = free_memory_bytes(device, used) if memory is None else memory.free
     num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
-    logger.info(
-        "KV cache: %d pages of %d tokens, %s, %.1f MiB",
-        num_pages,
-        page_size,
-        _name(kv_cache_dtype),
-        num_pages * bytes_per_page / MIB,
-    )
+    size, name = num_pages * bytes_per_page, _name(kv_cache_dtype)
+    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, page_size, name, size / MIB)
     if memory is not None:
-        memory = replace(memory, cache=num_pages * bytes_per_page)
-    num_chips = config.tensor_parallel_size
-    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
+        memory = replace(memory, cache=size)
+    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, config.tensor_parallel_size)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
     runner = _runner(config, model, kv_caches, page_size, device, max_model_len, memory)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
-        architecture=model_config.architecture,
-        num_parameters=model.num_parameters if isinstance(model, DividedModel) else model.num_parameters(),
-        vocab_size=model_config.vocab_size,
+        **_identity(checkpoint, model_config, model, tokenizer),
         max_model_len=max_model_len,
         dtype=_name(dtype),
         device=device.type,
         num_pages=num_pages,
         page_size=page_size,
         max_num_requests=config.max_num_requests,
-        eos_token_ids=tuple(_eos_token_ids(checkpoint, tokenizer)),
-        has_tokenizer=tokenizer is not None,
-        kv_cache_dtype=_name(kv_cache_dtype),
+        kv_cache_dtype=name,
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
+
+
+def _identity(
+    checkpoint: Checkpoint, config: ModelConfig, model: Decoder | DividedModel, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """What `ModelInfo` says of a checkpoint, whatever the engine is."""
+    return {
+        "architecture": config.architecture,
+        "num_parameters": model.num_parameters if isinstance(model, DividedModel) else model.num_parameters(),
+        "vocab_size": config.vocab_size,
+        "eos_token_ids": tuple(_eos_token_ids(checkpoint, tokenizer)),
+        "has_tokenizer": tokenizer is not None,
+    }
 
 
 def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
