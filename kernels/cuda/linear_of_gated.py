@@ -12,7 +12,7 @@ from torch import Tensor
 from torchinfer.kernels.cuda.gated_activation import activate, gated_activation
 from torchinfer.kernels.cuda.launch import with_dense_columns
 from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
-from torchinfer.kernels.cuda.quantize_rows import scale_of, to_8_bits
+from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 
 if TYPE_CHECKING:
@@ -67,6 +67,4 @@ def gate_and_round_kernel(
     up = tl.load(place + size, mask=is_there, other=0.0).to(tl.float32)
     active = activate(gate, ACTIVATION).to(gate_up.dtype.element_ty).to(tl.float32)
     product = (active * up).to(gate_up.dtype.element_ty).to(tl.float32)
-    row_scale = scale_of(product, numbers.dtype.element_ty)
-    tl.store(scale + row + tl.arange(0, 1), row_scale)
-    tl.store(numbers + row * size + column, to_8_bits(product, row_scale, numbers.dtype.element_ty), mask=is_there)
+    store_rounded(product, numbers, scale, row, column, size, False)

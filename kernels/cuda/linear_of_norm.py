@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, require, with_dense_columns
 from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
-from torchinfer.kernels.cuda.quantize_rows import scale_of, to_8_bits
+from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.rms_norm import BLOCK, NUM_WARPS, normalize, rms_norm
 
@@ -71,6 +71,4 @@ def norm_and_round_kernel(
     own = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
     normalized = normalize(own, factor, size, epsilon, offset, HAS_OFFSET, x.dtype.element_ty).to(tl.float32)
-    row_scale = scale_of(normalized, numbers.dtype.element_ty)
-    tl.store(scale + row + tl.arange(0, 1), row_scale)
-    tl.store(numbers + row * size + column, to_8_bits(normalized, row_scale, numbers.dtype.element_ty), mask=is_there)
+    store_rounded(normalized, numbers, scale, row, column, size, False)

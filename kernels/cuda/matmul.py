@@ -109,9 +109,9 @@ def multiply(
     Raises:
         ValueError: tensors do not fit together.
     """
-    _require_fit(x, matrix, group_sizes)
     if matrix.activations == "none":
         return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
+    _require_fit(x, matrix, group_sizes)  # before rows are rounded
     rounded, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
     return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
 

@@ -53,15 +53,28 @@ def quantize_rows_kernel(
     """A program rounds a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
-    is_there = column < size
-    x = tl.load(rows + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
+    x = tl.load(rows + row * stride + column, mask=column < size, other=0.0).to(tl.float32)
+    store_rounded(x, numbers, scale, row, column, size, HAS_SCALE)
+
+
+@triton.jit
+def store_rounded(
+    x: tl.tensor,  # [1, D] float32
+    numbers: tl.tensor,  # [N, D] int8 or e4m3, its row written
+    scale: tl.tensor,  # [N], the row's read where HAS_SCALE, else written
+    row: tl.tensor,
+    column: tl.tensor,  # [1, D]
+    size: tl.tensor,
+    HAS_SCALE: tl.constexpr,
+) -> None:
+    """Round a row and write it."""
     place = scale + row + tl.arange(0, 1)
     if HAS_SCALE:
         row_scale = tl.load(place)
     else:
         row_scale = scale_of(x, numbers.dtype.element_ty)
         tl.store(place, row_scale)
-    tl.store(numbers + row * size + column, to_8_bits(x, row_scale, numbers.dtype.element_ty), mask=is_there)
+    tl.store(numbers + row * size + column, to_8_bits(x, row_scale, numbers.dtype.element_ty), mask=column < size)
 
 
 @triton.jit

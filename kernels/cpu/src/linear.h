@@ -150,7 +150,7 @@ class Pass {
 
     // Blocks of outputs, or of gates with those of what they are multiplied with.
     void compute_run(const Segment& segment, int64_t first, int64_t last, const uint8_t* next) const {
-        const int64_t end = segment.first + segment.rows, tiles = (segment.rows + kRows - 1) / kRows;
+        const int64_t end = segment.first + segment.rows, tiles = tiles_of(segment.rows);
         const int64_t at_once = task_.is_gated && tiles < kTilesAtOnce ? kTilesAtOnce / tiles : 1;
         for (int64_t block = first; block < last; block += at_once) {
             const int64_t count = last - block < at_once ? last - block : at_once;
@@ -213,7 +213,7 @@ class Pass {
                        const Store& put) const {
         alignas(64) float results[kTilesAtOnce][kRows * kBlock];
         alignas(64) char carried[kTilesAtOnce][kRows * kPlanes * kBlock * 4];
-        const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
+        const int64_t num_tiles = tiles_of(num_rows);
         Chunk chunk = {0, 0, 0, 0};
         while (next_chunk(tile, num_tiles, chunk)) {
             for (int64_t index = 0; index < num_tiles; ++index) {
@@ -229,6 +229,8 @@ class Pass {
             put(results[index], first_row_ + first_row + index * kRows, rows_of(num_rows, index), block);
         }
     }
+
+    static int64_t tiles_of(int64_t num_rows) { return (num_rows + kRows - 1) / kRows; }
 
     static int64_t rows_of(int64_t num_rows, int64_t index) {
         return num_rows - index * kRows < kRows ? num_rows - index * kRows : kRows;
@@ -257,8 +259,8 @@ class Pass {
     // much of it as it has rows, so that memory is busy all the while that they compute.
     Prefetch plan_prefetch(const Tile& tile, const Chunk& chunk, const uint8_t* next, int64_t index,
                            int64_t num_rows) const {
-        const int64_t num_tiles = (num_rows + kRows - 1) / kRows;
-        if (num_rows * kPlanes <= kFewLanes) return {nullptr, nullptr, nullptr, 0, false};
+        const int64_t num_tiles = tiles_of(num_rows);
+        if (num_rows * kPlanes <= kFewLanes) return {};
         constexpr int kBurst = kStepsAtOnce * Format::kStepBytes / kLine;
         const int64_t ahead = kPrefetchAhead < block_bytes_ ? kPrefetchAhead : block_bytes_;
         if (num_tiles == 1) return {tile.values + ahead, tile.values + block_bytes_, next, kBurst, true};
@@ -266,7 +268,7 @@ class Pass {
         const int64_t done = (chunk.group_end - 1) * tile.steps + chunk.step_end, bytes = steps * Format::kStepBytes;
         const bool is_last = done == tile.groups * tile.steps;
         const uint8_t* const start = is_last ? next : tile.values + done * Format::kStepBytes;
-        if (start == nullptr) return {nullptr, nullptr, nullptr, 0, false};
+        if (start == nullptr) return {};
         const int64_t before = index * kRows, rows = rows_of(num_rows, index);
         const int64_t from = before * bytes / num_rows / kLine * kLine;
         const int64_t end = index + 1 == num_tiles ? bytes : (before + rows) * bytes / num_rows / kLine * kLine;
