@@ -81,16 +81,21 @@ class Pass {
     }
 
     void split_rows(Pool& threads, int64_t num_rows) const {
-        const auto split_row = [&](int64_t row, int) {
+        // A tile's rows lie side by side in the same lines of the cache: one thread writes them all.
+        const auto split_tile = [&](int64_t row, int) {
+            const Segment& segment = segment_of(row);
+            if ((row - segment.first) % kRows != 0) return;
+            const int64_t left = segment.first + segment.rows - row, rows = left < kRows ? left : kRows;
             with_dtype(task_.dtype, [&](auto* type) {
                 using T = std::remove_pointer_t<decltype(type)>;
-                split_row_of(static_cast<const T*>(task_.x) + (first_row_ + row) * task_.stride, row);
+                const T* const x = static_cast<const T*>(task_.x) + (first_row_ + row) * task_.stride;
+                for (int64_t i = 0; i < rows; ++i) split_row_of(x + i * task_.stride, row + i, i, rows);
             });
         };
         if (num_rows * weight_.inputs <= kSerialInputs) {
-            for (int64_t row = 0; row < num_rows; ++row) split_row(row, 0);
+            for (int64_t row = 0; row < num_rows; ++row) split_tile(row, 0);
         } else {
-            parallel_for(threads, num_rows, split_row);
+            parallel_for(threads, num_rows, split_tile);
         }
     }
 
@@ -108,13 +113,11 @@ class Pass {
     }
 
   private:
+    // Row `in_tile` of a tile of `rows`.
     template <class T>
-    void split_row_of(const T* x, int64_t row) const {
-        const Segment& segment = segment_of(row);
-        const int64_t in_segment = row - segment.first, tile = in_segment / kRows * kRows;
-        const int64_t rows = segment.rows - tile < kRows ? segment.rows - tile : kRows;
-        const RowTarget target = {scratch_.inputs + (segment.first + tile) * kPlanes * row_bytes_,
-                                  (in_segment - tile) * kPlanes, rows * kPlanes};
+    void split_row_of(const T* x, int64_t row, int64_t in_tile, int64_t rows) const {
+        const RowTarget target = {scratch_.inputs + (row - in_tile) * kPlanes * row_bytes_, in_tile * kPlanes,
+                                  rows * kPlanes};
         if constexpr (Format::kIsInteger) {
             int32_t* const sums = scratch_.sums + row * kPlanes * groups_;
             scratch_.row_scale[row] = integer_row<Format::kStep, kPlanes>(weight_, x, target, sums);

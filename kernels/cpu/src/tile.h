@@ -156,12 +156,14 @@ constexpr int most_rows(int planes) {
 // The planes' sums of a group put together. sums: the row's, [planes][groups].
 template <class Format, int kPlanes>
 inline F combine(const Tile& tile, const I* planes, int64_t group, const int32_t* sums, int vector) {
-    const I zero = tile.zero != nullptr ? load_bytes_as_int(tile.zero + group * kBlock + vector * 16)
-                                        : set(static_cast<int32_t>(Format::kZero));
     F value = zero_float();
 #pragma GCC unroll 3
     for (int plane = 0; plane < kPlanes; ++plane) {
-        const I exact = sub(planes[plane], mul(zero, set(sums[plane * tile.groups + group])));
+        const int32_t inputs = sums[plane * tile.groups + group];
+        const I zeros = tile.zero != nullptr
+                            ? mul(load_bytes_as_int(tile.zero + group * kBlock + vector * 16), set(inputs))
+                            : set(Format::kZero * inputs);
+        const I exact = sub(planes[plane], zeros);
         value = plane == 0 ? to_float(exact) : fma(value, set(128.0f), to_float(exact));
     }
     return value;

@@ -32,6 +32,12 @@ inline F load(const Half* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+#if TORCHINFER_IS_avx512_vnni_bf16
+// Subnormals become zero, which they are for the products of bf16 anyway.
+inline void store(Bf16* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#else
 inline void store(Bf16* p, F a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -41,6 +47,7 @@ inline void store(Bf16* p, F a) {
     const __m512i chosen = _mm512_mask_mov_epi32(rounded, is_nan, quiet);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
+#endif
 inline void store(Half* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
