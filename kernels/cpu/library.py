@@ -35,6 +35,7 @@ PROTOTYPES: dict[str, tuple[type, ...]] = {
     "measure_read": (_POINTER, _INT64, _INT32, _INT64),
     "measure_products": (_INT32, _INT64),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT64, _FLOAT, _FLOAT, _INT32),
+    "layer_norm": (*(_POINTER,) * 4, *(_INT64,) * 3, _FLOAT, _INT32),
     "attention": (_POINTER,),
     "write_kv": (_POINTER,),
     "quantize": (_POINTER,),

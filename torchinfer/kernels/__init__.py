@@ -29,6 +29,7 @@ BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> 
 PORTS: dict[str, tuple[str, ...]] = {
     "linear": ("cpu", "tpu"),
     "rms_norm": ("cpu", "cuda"),
+    "layer_norm": ("cpu",),
     "rotary_embedding": ("cpu", "cuda"),
     "gated_activation": ("cpu", "cuda"),
     "write_kv_pages": ("cpu", "tpu", "cuda"),
@@ -224,6 +225,14 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> 
     (Llama), with offset 1 after it (Gemma). Source: arXiv 1910.07467; transformers' LlamaRMSNorm, GemmaRMSNorm.
     """
     return _port("rms_norm", x)(x, weight, epsilon, offset)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last dimension, in float32; returns x's dtype.
+
+    x: [..., D]; weight, bias: [D]. The variance is that of all D values, not of a sample. Source: arXiv 1607.06450.
+    """
+    return _port("layer_norm", x)(x, weight, bias, epsilon)
 
 
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> Tensor:

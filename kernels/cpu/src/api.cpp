@@ -122,11 +122,20 @@ API int32_t torchinfer_cpu_configure(int32_t num_threads, int32_t is_pinned) {
 API int32_t torchinfer_cpu_rms_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t columns,
                                     int64_t stride, float epsilon, float offset, int32_t dtype) {
     if (!is_dtype(dtype) || rows < 0 || columns < 1) return kBadArgument;
-    const int64_t size = size_of(dtype);
-    if (!is_aligned(x, size) || !is_aligned(weight, size) || !is_aligned(y, size)) return kMisaligned;
+    if (!are_aligned({x, weight, y}, size_of(dtype))) return kMisaligned;
     Pool& threads = pool();
     std::lock_guard<std::mutex> guard(threads.use);
     kernels().rms_norm(threads, {x, weight, y, rows, columns, stride, epsilon, offset, dtype});
+    return kOk;
+}
+
+API int32_t torchinfer_cpu_layer_norm(const void* x, const void* weight, const void* bias, void* y, int64_t rows,
+                                      int64_t columns, int64_t stride, float epsilon, int32_t dtype) {
+    if (!is_dtype(dtype) || rows < 0 || columns < 1) return kBadArgument;
+    if (!are_aligned({x, weight, bias, y}, size_of(dtype))) return kMisaligned;
+    Pool& threads = pool();
+    std::lock_guard<std::mutex> guard(threads.use);
+    kernels().layer_norm(threads, {x, weight, bias, y, rows, columns, stride, epsilon, dtype});
     return kOk;
 }
 

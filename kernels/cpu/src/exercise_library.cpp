@@ -24,6 +24,7 @@ int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const voi
                               int32_t);
 int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
+int32_t torchinfer_cpu_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, float, int32_t);
 int32_t torchinfer_cpu_sample(const Sample*);
 int32_t torchinfer_cpu_quantize(const Quantize*);
 }
@@ -129,6 +130,15 @@ void check_rms_norm() {
     double squares = 0;
     for (int i = 0; i < 500; ++i) squares += double{y[i]} * y[i];
     require(std::fabs(squares / 500 - 1) < 1e-4, "rms_norm");
+}
+
+void check_layer_norm() {
+    std::vector<float> x(kRows * 500), weight(500, 1.0f), bias(500, 2.0f), y(x.size());
+    for (size_t i = 0; i < x.size(); ++i) x[i] = number(static_cast<uint32_t>(i));
+    torchinfer_cpu_layer_norm(x.data(), weight.data(), bias.data(), y.data(), kRows, 500, 500, 0.0f, kFloat32);
+    double mean = 0, squares = 0;
+    for (int i = 0; i < 500; ++i) mean += y[i] / 500.0, squares += (y[i] - 2.0) * (y[i] - 2.0) / 500;
+    require(std::fabs(mean - 2) < 1e-4 && std::fabs(squares - 1) < 1e-4, "layer_norm");
 }
 
 // Rows that lie apart, into bytes by rows and into halves of bytes by groups: within half a step of what they were.
@@ -245,6 +255,7 @@ void check_all() {
         }
     }
     check_rms_norm();
+    check_layer_norm();
     check_sample();
     check_quantize(kFormatInt8);
     check_quantize(kFormatInt4);

@@ -17,6 +17,15 @@ struct RmsNorm {
     int32_t dtype;
 };
 
+struct LayerNorm {
+    const void* x;  // [rows, columns]; a row begins `stride` values after the one before
+    const void *weight, *bias;
+    void* y;  // [rows, columns], contiguous
+    int64_t rows, columns, stride;
+    float epsilon;
+    int32_t dtype;
+};
+
 // y = x times the transposed matrix, plus bias, plus residual. With group_sizes each run of rows has its own matrix.
 struct Linear {
     const PackedWeight* weight;
@@ -147,6 +156,7 @@ struct MlpLayer {
 // One for each level; a new kernel is a new field here and a line in level.cpp.
 struct Kernels {
     void (*rms_norm)(Pool&, const RmsNorm&);
+    void (*layer_norm)(Pool&, const LayerNorm&);
     int32_t (*linear)(Pool&, const Linear&);  // returns a Status
     float (*measure_read)(Pool&, const void* memory, int64_t bytes, int32_t streams, int64_t ahead);
     int64_t (*measure_products)(Pool&, int32_t format, int64_t repeats);

@@ -8,6 +8,7 @@
 #include "activation.h"
 #include "attention.h"
 #include "layer.h"
+#include "layer_norm.h"
 #include "linear.h"
 #include "measure.h"
 #include "quantize.h"
@@ -21,6 +22,7 @@ namespace torchinfer::TORCHINFER_LEVEL {
 extern const Kernels table;
 const Kernels table = {
     rms_norm,
+    layer_norm,
     linear,
     measure_read,
     measure_products,

@@ -13,12 +13,11 @@ constexpr int64_t kRmsNormItemValues = 16384;  // fewer are not worth waking ano
 template <class T>
 inline void rms_norm_row(const T* x, const T* weight, T* y, const RmsNorm& task) {
     const int64_t columns = task.columns;
-    F squares = zero_float();
-    for (int64_t i = 0; i < columns; i += 16) {
+    const float squares = sum_over(columns, [&](int64_t i, F sum) {
         const F value = load_some(x + i, columns - i);
-        squares = fma(value, value, squares);
-    }
-    const float mean = sum(squares) / static_cast<float>(columns);
+        return fma(value, value, sum);
+    });
+    const float mean = squares / static_cast<float>(columns);
     const F factor = set(1.0f / __builtin_sqrtf(mean + task.epsilon));
     for (int64_t i = 0; i < columns; i += 16) {
         const F value = mul(load_some(x + i, columns - i), factor);

@@ -82,6 +82,20 @@ inline float sum(F value) {
     return lanes[0];
 }
 
+// Sums over `count` values, 16 at a time: step(i, sum) is the sum with values i to i + 15. Four at once, as an addition
+// takes four cycles.
+template <class Step>
+inline float sum_over(int64_t count, const Step& step) {
+    F sums[4] = {zero_float(), zero_float(), zero_float(), zero_float()};
+    int64_t i = 0;
+    for (; i + 64 <= count; i += 64) {
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; ++part) sums[part] = step(i + part * 16, sums[part]);
+    }
+    for (; i < count; i += 16) sums[0] = step(i, sums[0]);
+    return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
 // As if stored as T and read again.
 template <class T>
 inline F rounded(F value, const T*) {
