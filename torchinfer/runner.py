@@ -146,7 +146,10 @@ class EagerRunner:
         return fetched(Launched(plan, ids, self._logprobs(logits, ids, sampled), self._prompt_logprobs(hidden, plan)))
 
     def _run_forward(self, plan: Plan, page_table: Ints) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [T, H], those that are sampled from [S, H], and the packed sampling parameters."""
+        """Hidden states, those that are sampled from [S, H], and the packed sampling parameters.
+
+        The first are those of all tokens, [T, H], where some prompt's log-probabilities are wanted.
+        """
         shape = None if self._graphs is None else self._graphs.shape_of(plan)
         if self._graphs is not None and shape is not None:
             hidden, packed = self._graphs.run(plan, page_table, shape)
@@ -157,8 +160,14 @@ class EagerRunner:
         step = unpack(packed[: shape.num_forward], shape, self._page_size, plan)
         if max(plan.feed, default=-1) >= 0:
             step = step.fed(self._last_ids)
-        hidden = self._model(step.batch, self._kv_caches)
-        return hidden, hidden[step.sample_index[: len(plan.sampled)]], packed[shape.num_forward :]
+        wanted = step.sample_index[: len(plan.sampled)]
+        if any(prompt_targets(chunk) for chunk in plan.chunks):
+            hidden = self._model(step.batch, self._kv_caches)
+            return hidden, hidden[wanted], packed[shape.num_forward :]
+        # One at least: no kernel gets an empty matrix.
+        rows = None if plan.num_tokens == len(wanted) else step.sample_index[: max(len(wanted), 1)]
+        hidden = self._model(step.batch, self._kv_caches, rows)
+        return hidden, hidden[: len(wanted)], packed[shape.num_forward :]
 
     def _forward_decodes(self, packed: Tensor, shape: StepShape) -> Tensor:
         """Hidden states [R, H] of a padded step; each row is sampled from."""

@@ -7,7 +7,7 @@ import torch
 
 from torchinfer import models
 from torchinfer.models.config import ModelConfig
-from torchinfer.testing import TINY, assert_close
+from torchinfer.testing import TINY, Row, assert_close, make_batch
 
 
 def random_prompt(length: int) -> list[int]:
@@ -50,6 +50,17 @@ def test_batch_equals_each_prompt_alone(case):
     prompts = {str(length): random_prompt(length) for length in (1, 7, 8, 9, 33)}
     together = case.driver().greedy(prompts, 12)
     assert together == {name: case.greedy(prompt, 12) for name, prompt in prompts.items()}
+
+
+@torch.inference_mode()
+def test_tokens_that_are_wanted_have_the_states_of_all(case, prompt):
+    batch = make_batch([Row(prompt[:1], 0, [3], 1), Row(prompt, 0, list(range(4, 12)), len(prompt))], 8)
+    whole, driver = case.driver(), case.driver()
+    wanted = torch.tensor([0, len(prompt)], dtype=torch.int32)
+    expected = whole.model(batch, whole.kv_caches)[wanted]
+    assert_close(driver.model(batch, driver.kv_caches, wanted), expected)
+    for ours, theirs in zip(driver.kv_caches, whole.kv_caches, strict=True):
+        assert torch.equal(ours.data.nan_to_num(), theirs.data.nan_to_num())
 
 
 def test_chunks_join_rows_that_decode(case, prompt):

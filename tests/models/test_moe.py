@@ -7,7 +7,7 @@ import torch
 
 from torchinfer.models.config import MoEConfig
 from torchinfer.models.moe import MoE
-from torchinfer.testing import Row, assert_close, make_batch
+from torchinfer.testing import assert_close
 
 HIDDEN, EXPERTS, TOP_K = 12, 4, 2
 
@@ -29,8 +29,8 @@ def make_layer(mode="dropless", factor=1.25, is_normalized=True):
 
 
 def make_input(num_tokens, num_padded=0):
-    batch = make_batch([Row([0] * num_tokens, 0, list(range(1, 9)), num_tokens)], 8, num_padded_tokens=num_padded)
-    return torch.randn(num_tokens + num_padded, HIDDEN, generator=torch.Generator().manual_seed(1)), batch
+    is_live = torch.arange(num_tokens + num_padded) < num_tokens
+    return torch.randn(num_tokens + num_padded, HIDDEN, generator=torch.Generator().manual_seed(1)), is_live
 
 
 def choices(layer, x):
@@ -63,42 +63,42 @@ def by_hand(layer, x, capacity=math.inf):
 @pytest.mark.parametrize("num_tokens", [1, 2, 63])
 def test_dropless_computes_every_token(num_tokens, is_normalized):
     layer = make_layer(is_normalized=is_normalized)
-    x, batch = make_input(num_tokens)
-    assert_close(layer(x, batch), by_hand(layer, x)[0], torch.float32)
+    x, is_live = make_input(num_tokens)
+    assert_close(layer(x, is_live), by_hand(layer, x)[0], torch.float32)
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.75, 1.0, 1.25])
 @pytest.mark.parametrize("num_tokens", [1, 10, 33])
 def test_capacity_drops_in_order_and_counts(num_tokens, factor):
     layer = make_layer("capacity", factor)
-    x, batch = make_input(num_tokens)
+    x, is_live = make_input(num_tokens)
     expected, num_dropped = by_hand(layer, x, math.ceil(TOP_K * num_tokens / EXPERTS * factor))
-    assert_close(layer(x, batch), expected, torch.float32)
+    assert_close(layer(x, is_live), expected, torch.float32)
     assert layer.num_dropped.item() == num_dropped
     assert num_dropped > 0 or factor > 1 or num_tokens == 1
 
 
 def test_dropped_tokens_add_up_over_steps():
     layer = make_layer("capacity", 0.5)
-    x, batch = make_input(20)
-    layer(x, batch)
+    x, is_live = make_input(20)
+    layer(x, is_live)
     once = layer.num_dropped.item()
-    layer(x, batch)
+    layer(x, is_live)
     assert layer.num_dropped.item() == 2 * once > 0
 
 
 def test_ample_capacity_equals_dropless():
-    x, batch = make_input(33)
+    x, is_live = make_input(33)
     layer = make_layer("capacity", 4.0)
-    assert torch.equal(layer(x, batch), make_layer()(x, batch))
+    assert torch.equal(layer(x, is_live), make_layer()(x, is_live))
     assert layer.num_dropped.item() == 0
 
 
 @pytest.mark.parametrize("mode", ["dropless", "capacity"])
 def test_padded_tokens_are_routed_nowhere_and_take_no_capacity(mode):
     layer = make_layer(mode, 0.5)
-    x, batch = make_input(10, num_padded=6)
-    padded = layer(x, batch)
+    x, is_live = make_input(10, num_padded=6)
+    padded = layer(x, is_live)
     dropped = layer.num_dropped.item()
     alone = make_layer(mode, 0.5)
     assert_close(padded[:10], alone(x[:10], make_input(10)[1]))

@@ -37,17 +37,28 @@ class Block(Layer):
         self._fused_attention: FusedAttention | None = None
         self._fused_mlp: FusedMLP | None = None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
+        batch: Batch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or with `rows` [N], int, the results of these tokens only, [N, hidden]."""
         if self._fused_attention is not None:
             x = self._fused_attention(x, rope, kv_cache, batch)
         else:
             attended = self.attention(x, rope, kv_cache, batch, self.attention_norm)
             x = x + (attended if self.attention_output_norm is None else self.attention_output_norm(attended))
+        x = x if rows is None else x[rows]
         if self._fused_mlp is not None:
             return self._fused_mlp(x)
-        is_dense = isinstance(self.mlp, GatedMLP)  # experts and their router see the same rows
-        fed = self.mlp(x, batch, self.mlp_norm) if is_dense else self.mlp(self.mlp_norm(x), batch)
+        if isinstance(self.mlp, GatedMLP):
+            fed = self.mlp(x, self.mlp_norm)
+        else:  # experts and their router see the same normed values
+            is_live = batch.slot >= batch.page_size
+            fed = self.mlp(self.mlp_norm(x), is_live if rows is None else is_live[rows])
         return x + (fed if self.mlp_output_norm is None else self.mlp_output_norm(fed))
 
     def fuse(self) -> None:

@@ -53,13 +53,18 @@ class Decoder(nn.Module):
         self.CHECKPOINT = {name: target for name, target in checkpoint.items() if name not in unused}
         self.IGNORED = (*ignored, *unused)
 
-    def forward(self, batch: Batch, kv_caches: list[KVCache]) -> Tensor:
-        """Final hidden states [T, hidden] of a step; kv_caches[layer] is written."""
+    def forward(self, batch: Batch, kv_caches: list[KVCache], rows: Tensor | None = None) -> Tensor:
+        """Final hidden states [T, hidden] of a step; kv_caches[layer] is written.
+
+        rows: int [N], the tokens whose states are wanted: [N, hidden]. Behind the last layer's attention nothing is
+        computed for the others.
+        """
         rope = self.rope(batch)
         local_rope = rope if self.local_rope is None else self.local_rope(batch)
         x = self._embed(batch.tokens)
-        for block, kv_cache, window in zip(self.layers, kv_caches, self.config.windows, strict=True):
-            x = block(x, rope if window is None else local_rope, kv_cache, batch)
+        of_layers = [None] * (len(self.layers) - 1) + [rows]
+        for block, kv_cache, window, wanted in zip(self.layers, kv_caches, self.config.windows, of_layers, strict=True):
+            x = block(x, rope if window is None else local_rope, kv_cache, batch, wanted)
         hidden: Tensor = self.norm(x)
         return hidden
 

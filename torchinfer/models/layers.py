@@ -207,7 +207,7 @@ class GatedMLP(Layer):
         self.down = Linear(intermediate_size, hidden_size, has_bias)
         self.activation = activation
 
-    def forward(self, x: Tensor, batch: Batch, norm: RMSNorm | None = None) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[T, hidden] -> [T, hidden], of norm(x) if there is a norm."""
         return self.down.of_gated(self.gate_up(x, norm), self.activation)
 

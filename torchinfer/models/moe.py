@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchinfer import kernels
-from torchinfer.batch import Batch
 from torchinfer.models.config import MoEConfig
 from torchinfer.models.layers import GatedMLP, Layer, Linear, PreparedMatrix
 from torchinfer.quantization.matrix import QuantizedMatrix
@@ -64,9 +63,9 @@ class MoE(Layer):
         counter = torch.zeros((), dtype=torch.int64, device="cpu")
         self.register_buffer("num_dropped", counter, persistent=False)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        experts, weights = self._route(x, batch.slot >= batch.page_size)
+    def forward(self, x: Tensor, is_live: Tensor) -> Tensor:
+        """[T, hidden], [T] bool: rows that are not padding -> [T, hidden]."""
+        experts, weights = self._route(x, is_live)
         order = experts.flatten().argsort(stable=True)  # [T k], dropped and padded ones last
         group = torch.arange(self.config.num_experts, dtype=experts.dtype, device=experts.device)
         group_sizes = (experts.flatten() == group[:, None]).sum(1, dtype=torch.int32)
@@ -77,7 +76,7 @@ class MoE(Layer):
         result = (by_token * weights[..., None]).sum(1)
         if self.shared_expert is None or self.shared_gate is None:
             return result
-        return result + torch.sigmoid(self.shared_gate(x)) * self.shared_expert(x, batch)
+        return result + torch.sigmoid(self.shared_gate(x)) * self.shared_expert(x)
 
     def _route(self, x: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden], [T] bool -> experts [T, k] int64, where E stands for none, and their weights [T, k]."""

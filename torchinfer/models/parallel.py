@@ -21,10 +21,19 @@ class Block(Layer):
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_epsilon) if has_mlp_norm else None
         self.is_parallel = config.norms_in_parallel > 0
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        kv_cache: KVCache,
+        batch: Batch,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden], or with `rows` [N], int, the results of these tokens only, [N, hidden]."""
         normed = self.attention_norm(x)
         attended = self.attention(normed, rope, kv_cache, batch)
+        if rows is not None:
+            x, normed, attended = x[rows], normed[rows], attended[rows]
         if self.mlp_norm is None:
             return attended + self.mlp(normed) + x
         if self.is_parallel:
