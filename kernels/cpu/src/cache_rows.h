@@ -15,7 +15,7 @@ struct Fp8 {
 
 // Calls body with a null pointer of the type that a cache's dtype stands for.
 template <class Body>
-inline void with_cache_dtype(int32_t dtype, Body body) {
+inline void with_cache_dtype(int32_t dtype, const Body& body) {
     if (dtype == kInt8Cache) {
         body(static_cast<Int8*>(nullptr));
     } else if (dtype == kFp8Cache) {

@@ -201,6 +201,15 @@ inline void sum_steps(const uint8_t* values, const uint8_t* inputs, int64_t step
 }
 
 template <class Format, int kLanes>
+inline void clear_sums(typename Format::Sum (&sums)[kLanes][Format::kVectors]) {
+#pragma GCC unroll 6
+    for (int lane = 0; lane < kLanes; ++lane) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Format::kVectors; ++v) sums[lane][v] = Format::zero_sum();
+    }
+}
+
+template <class Format, int kLanes>
 inline void copy_sums(const typename Format::Sum (&from)[kLanes][Format::kVectors],
                       typename Format::Sum (&to)[kLanes][Format::kVectors]) {
 #pragma GCC unroll 6
@@ -210,13 +219,18 @@ inline void copy_sums(const typename Format::Sum (&from)[kLanes][Format::kVector
     }
 }
 
-// The same, added to sums in memory. Not inline: among the rest of a tile GCC would keep some of the sums there.
-template <class Format, int kLanes>
+// The same, added to sums in memory, or put there. Not inline: among the rest of a tile GCC would keep some of the sums
+// there.
+template <class Format, int kLanes, bool kIsFirst>
 __attribute__((noinline)) void add_steps(const uint8_t* values, const uint8_t* inputs, int64_t steps, int vector,
                                          Prefetch& prefetch,
                                          typename Format::Sum (&carried)[kLanes][Format::kVectors]) {
     typename Format::Sum sums[kLanes][Format::kVectors];
-    copy_sums<Format, kLanes>(carried, sums);
+    if constexpr (kIsFirst) {
+        clear_sums<Format, kLanes>(sums);
+    } else {
+        copy_sums<Format, kLanes>(carried, sums);
+    }
     sum_steps<Format, kLanes>(values, inputs, steps, vector, Format::tables(), prefetch, sums);
     copy_sums<Format, kLanes>(sums, carried);
 }
@@ -236,14 +250,15 @@ void compute_chunk(const Tile& tile, const Chunk& chunk, char* carried, float* r
             const uint8_t* const values = tile.values + first * Format::kStepBytes;
             const uint8_t* const inputs = tile.inputs + first * kLanes * Format::kLaneBytes;
             if constexpr (kHasGroups) {
-                for (auto& row : sums) {
-                    for (auto& sum : row) sum = Format::zero_sum();
-                }
+                clear_sums<Format, kLanes>(sums);
                 sum_steps<Format, kLanes>(values, inputs, steps, vector, tables, prefetch, sums);
             } else {
                 Sums& kept = reinterpret_cast<Sums*>(carried)[vector / kVectors];
-                if (chunk.step == 0) __builtin_memset(&kept, 0, sizeof(kept));
-                add_steps<Format, kLanes>(values, inputs, steps, vector, prefetch, kept);
+                if (chunk.step == 0) {
+                    add_steps<Format, kLanes, true>(values, inputs, steps, vector, prefetch, kept);
+                } else {
+                    add_steps<Format, kLanes, false>(values, inputs, steps, vector, prefetch, kept);
+                }
                 if (chunk.step_end < tile.steps) continue;
                 copy_sums<Format, kLanes>(kept, sums);
             }

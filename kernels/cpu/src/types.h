@@ -25,7 +25,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // Calls body with a null pointer of the type that a dtype stands for.
 template <class Body>
-inline void with_dtype(int32_t dtype, Body body) {
+inline void with_dtype(int32_t dtype, const Body& body) {
     if (dtype == kFloat32) {
         body(static_cast<float*>(nullptr));
     } else if (dtype == kBfloat16) {
