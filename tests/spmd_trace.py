@@ -29,9 +29,10 @@ def main() -> None:
     model = divide(source.build(source.config), num_chips)
     caches = [KVCache(spmd.placeholder((8,), torch.int32, STACKED, num_chips))] * source.config.num_layers
     runner = SpmdRunner(model, caches, 128, device, table_width=1, max_num_requests=ROWS, max_num_tokens=16)
-    shapes = ((ROWS, source.config.vocab_size), torch.float32), ((ROWS,), torch.int32), ((4, ROWS), torch.float32)
-    arguments = [spmd.placeholder(shape, dtype, REPLICATED, num_chips) for shape, dtype in shapes]
-    ids = runner._sample_eager(*arguments)
+    logits = spmd.placeholder((ROWS // num_chips, source.config.vocab_size), torch.float32, 0, num_chips)
+    parameters = ((ROWS,), torch.int32), ((4, ROWS), torch.float32)
+    sent = [spmd.placeholder(shape, dtype, REPLICATED, num_chips) for shape, dtype in parameters]
+    ids = runner._sample_eager(logits, *sent)
     (folder / "module.mlir").write_text(with_places(xla_model.get_stablehlo([ids])))
 
 

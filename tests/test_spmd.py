@@ -30,6 +30,7 @@ ONE_PER_ARCHITECTURE = list({kind: name for name, (kind, _) in TINY.items()}.val
 SHALLOW = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # a layer of each kind
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
 COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+RESULTS = rf" = \(?(\w+\[[\d,]+\]).*{COLLECTIVES}"  # the first shape of each
 # 128 inner values and 8 heads: groups of 32 inputs and 8 chips divide them.
 WIDE: dict[str, Any] = {"intermediate_size": 128, "num_attention_heads": 8, "head_dim": 32, "num_hidden_layers": 2}
 
@@ -45,6 +46,15 @@ def run(num_chips: int, is_warm: bool, cases: list[tuple[str, dict[str, Any]]], 
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"chips"')]
+
+
+def assert_equal_logprobs(result: dict[str, Any]) -> None:
+    for kind in ("logprobs", "prompt_logprobs"):
+        pairs = list(zip(result["chips"][kind], result["cpu"][kind], strict=True))
+        assert any(values for _, (_, values) in pairs)
+        for (ids, values), (expected_ids, expected) in pairs:
+            assert ids == expected_ids, "tokens, ranks, and the most probable tokens"
+            assert values == pytest.approx(expected, rel=0, abs=1e-4)
 
 
 def test_four_chips_give_the_ids_of_the_cpu_for_every_architecture(tmp_path: Path) -> None:
@@ -96,6 +106,21 @@ def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_id
         assert len(result["chips"]["packed"]) == count
 
 
+@pytest.mark.parametrize(("num_chips", "num_heads"), [(3, 6), (4, 8)])
+def test_each_chip_edits_draws_and_tells_log_probabilities_of_its_rows(
+    num_chips: int, num_heads: int, tmp_path: Path
+) -> None:
+    """Of two rows, or of three of nine where eight cannot be divided; nobody draws what pads the vocabulary."""
+    sizes = {"num_attention_heads": num_heads, "num_key_value_heads": num_heads // 2}
+    folder = save(
+        tmp_path / "model", "llama-tied", vocab_size=163, **WIDE | sizes | {"hidden_size": 192, "intermediate_size": 96}
+    )
+    (result,) = run(num_chips, True, [(folder, {})], XLA_FLAGS=QUICK)
+    assert result["chips"]["ids"] == result["cpu"]["ids"]
+    assert_equal_logprobs(result)
+    assert result["chips"]["compiled"] == 0
+
+
 def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "llama")
     dump = tmp_path / "dump"
@@ -103,27 +128,31 @@ def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once
     options = {"quantization": "int8", "kv_cache_dtype": "int8", "max_num_batched_tokens": 32}  # two buckets
     (result,) = run(2, True, [(folder, options)], XLA_FLAGS=flags)
     assert result["chips"]["ids"] == result["cpu"]["ids"]
+    assert_equal_logprobs(result)
     assert result["chips"]["compiled"] == 0
     # 1 + 8 requests * 4 pages, 16 tokens, one of 2 heads of 16.
     texts = [path.read_text() for path in dump.glob("*after_optimizations.txt")]
     steps = [text for text in texts if re.search(r"s8\[2,33,16,1,16\](\{[^}]*\})? parameter\(", text)]
     assert len(steps) == 2, "a program for each bucket"
+    exchange = ("f32[1,4,80]", "all-to-all")
     for text in steps:
-        found = re.findall(COLLECTIVES, text)
-        # The embeddings' rows are added up too, and the vocabulary's logits gathered.
-        assert sorted(found) == ["all-gather"] + ["all-reduce"] * (2 * 3 + 1)
-        (gathered,) = re.findall(r" = (\S+?)\[([\d,]+)\]\S* all-gather\(", text)
-        assert gathered == ("f32", "8,160")
+        # The embeddings' rows are added up too; of the logits a chip gives away half of its columns for half the rows.
+        assert sorted(kind for _, kind in re.findall(RESULTS, text)) == ["all-reduce"] * (2 * 3 + 1) + ["all-to-all"]
+        assert exchange in re.findall(RESULTS, text)
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
         assert aliases is not None and aliases.group(1).count("may-alias") == 6, text[:500]
         assert not re.search(r" = s8\[2,33,16,1,16\]\S* (?:copy|transpose)\(", text), "a cache is copied"
-    others = [found for text in texts if text not in steps for found in re.findall(COLLECTIVES, text)]
-    assert set(others) <= {"all-gather"}, "sampling works on what every chip has; the head gathers its logits"
+    others = [found for text in texts if text not in steps and (found := re.findall(RESULTS, text))]
+    heads = [found for found in others if found[0][1] == "all-to-all"]
+    assert heads == [[exchange]] * 2
+    gathered = [sorted(shape for shape, _ in found) for found in others if found not in heads]
+    ids, logprobs = ["s32[8]"], ["f32[8,20]", "f32[8]", "s64[8,20]", "s64[8]"]
+    assert sorted(gathered) == [logprobs, ids, ids], "what a chip finds out about its rows, and no logits"
 
 
 @pytest.mark.libtpu
 def test_each_chip_draws_ids_with_the_kernel(tmp_path: Path) -> None:
-    """The TPU's compiler takes the program; no chip asks another one, and nothing is sorted."""
+    """Of two rows each: the TPU's compiler takes the program. Ids are all that chips send, and nothing is sorted."""
     config = Path(__file__).parents[1] / "benchmarks" / "configs" / "llama-3-8b.json"
     command = [sys.executable, str(PROGRAM.with_name("spmd_trace.py")), str(config), "4", str(tmp_path)]
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
@@ -131,8 +160,9 @@ def test_each_chip_draws_ids_with_the_kernel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     program = aot.compile_hlo((tmp_path / "module.mlir").read_text(), "v5e:2x2", num_devices=4)
     assert program.hlo.count('custom_call_target="tpu_custom_call"') == 1
-    assert not re.findall(COLLECTIVES, program.hlo) and "sort(" not in program.hlo
-    assert hbm_bytes(program.hlo) < 1.01 * 8 * 128256 * 4
+    assert re.findall(RESULTS, program.hlo) == [("s32[8]", "all-reduce")]  # as which this compiler gathers so few
+    assert "sort(" not in program.hlo
+    assert hbm_bytes(program.hlo) < 1.01 * 2 * 128256 * 4
 
 
 def test_more_chips_than_there_are_and_chips_after_one_are_refused() -> None:

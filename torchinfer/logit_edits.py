@@ -7,7 +7,9 @@ by it, negative ones multiplied. They are few, so they are made here and sent to
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +21,15 @@ from torchinfer.sequence import Sequence
 class LogitEdits:
     """Edits of one step, at most one for each (row, token)."""
 
-    row: NDArray[np.int32]  # [N]
+    row: NDArray[np.int32]  # [N], ascending
     token: NDArray[np.int32]  # [N]
     factor: NDArray[np.float32]  # [N]
     addend: NDArray[np.float32]  # [N], may be -inf
+
+    @property
+    def arrays(self) -> tuple[NDArray[Any], ...]:
+        """In the order in which they are given."""
+        return self.row, self.token, self.factor, self.addend
 
 
 def collect_edits(sampled: list[Sequence]) -> LogitEdits | None:
@@ -38,6 +45,29 @@ def collect_edits(sampled: list[Sequence]) -> LogitEdits | None:
         np.array(factor, np.float32),
         np.array(addend, np.float32),
     )
+
+
+def pieces(edits: LogitEdits, num_rows: int, num_parts: int, size: int) -> Iterator[LogitEdits]:
+    """At a time `size` edits for each of `num_parts` equal parts of the rows, one part behind the other:
+    [num_parts * size], with rows counted from the first of their part."""
+    first_rows = np.arange(num_parts + 1) * (num_rows // num_parts)
+    ends = np.searchsorted(edits.row, first_rows)
+    for offset in range(0, int(np.diff(ends).max()), size):
+        parts = [
+            _piece(edits, start + offset, stop, first_row, size).arrays
+            for start, stop, first_row in zip(ends[:-1], ends[1:], first_rows[:-1], strict=True)
+        ]
+        yield LogitEdits(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _piece(edits: LogitEdits, start: int, stop: int, first_row: int, size: int) -> LogitEdits:
+    """`size` of the edits [start, stop): the first again, or one that changes nothing, in place of what lacks."""
+    if start >= stop:
+        zeros = np.zeros(size, np.int32)
+        return LogitEdits(zeros, zeros, np.ones(size, np.float32), np.zeros(size, np.float32))
+    at = np.arange(start, start + size)
+    at[at >= stop] = start
+    return LogitEdits(edits.row[at] - np.int32(first_row), edits.token[at], edits.factor[at], edits.addend[at])
 
 
 def _edits_of(sequence: Sequence) -> dict[int, tuple[float, float]]:

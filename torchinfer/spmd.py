@@ -3,8 +3,8 @@
 A tensor on several chips is one tensor to torch: what they have, one behind the other along the dimension in which it
 is cut, or what each of them has a copy of. Inside of a program `to_local` gives a chip's share of it; what is computed
 from shares is each chip's own, as it is on one chip, kernels too, and XLA adds nothing to it. `all_reduce` adds up what
-chips have, `to_global` and `gather` give what they have together. Tensors are put on the chips in their final places,
-and never change them: a tensor that torch_xla 2.9 has to move costs a program a step.
+chips have, `reshard` cuts it along another dimension, `to_global` gives what they have together. Tensors are put on the
+chips in their final places, and never change them: a tensor that torch_xla 2.9 has to move costs a program a step.
 """
 
 from __future__ import annotations
@@ -169,9 +169,12 @@ def to_global(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
     return _tensor(torch.ops.torchinfer.spmd_to_global(tensor, dim, num_chips))
 
 
-def gather(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
-    """As `to_global`, and every chip gets all of it."""
-    return _tensor(torch.ops.torchinfer.spmd_gather(tensor, dim, num_chips))
+def reshard(tensor: Tensor, source: int, target: int, num_chips: int) -> Tensor:
+    """A chip's share along `target` of what chips have along `source`, which its number divides evenly: by an
+    all-to-all. To REPLICATED: all of it, by an all-gather; from there nothing is sent."""
+    whole = to_global(tensor, source, num_chips)
+    assert target == REPLICATED or whole.shape[target] % num_chips == 0, f"{whole.shape} among {num_chips} chips"
+    return to_local(whole, target, num_chips)
 
 
 def all_reduce(tensor: Tensor, num_chips: int) -> Tensor:
@@ -202,16 +205,8 @@ def _to_global(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
     return _tensor(_xlac()._spmd_shard_to_full_shape(tensor, sharding, list(shape), tensor.dtype))
 
 
-@torch.library.custom_op("torchinfer::spmd_gather", mutates_args=(), device_types="xla")
-def _gather(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
-    together = to_global(tensor, dim, num_chips)
-    _xlac()._xla_mark_sharding(together, _sharding(tensor.ndim, REPLICATED, num_chips))
-    return together
-
-
 @_to_global.register_fake
-@_gather.register_fake
-def _together(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
+def _(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
     return tensor.new_empty(whole_shape(tensor.shape, dim, num_chips))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,6 +18,7 @@ from torchinfer import spmd
 from torchinfer.batch import KVCache
 from torchinfer.device import mark_as_donated
 from torchinfer.parallel import DividedModel
+from torchinfer.sampler import LogprobTensors
 from torchinfer.spmd_step import SpmdStep
 from torchinfer.step_input import Ints, StepShape
 from torchinfer.xla_runner import XlaRunner, compiled
@@ -44,6 +46,10 @@ class SpmdRunner(XlaRunner):
         # A copy: the transfer may read it later, and it may be part of a larger one.
         return spmd.put_everywhere(torch.from_numpy(array.copy()), self._num_chips)
 
+    def _send_divided(self, array: NDArray[Any]) -> Tensor:
+        parts = np.split(array.copy(), self._num_chips)
+        return spmd.put(lambda chip: torch.from_numpy(parts[chip]), 0, self._num_chips)
+
     def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
         ints = self._send(packed[: shape.num_forward])
         self._state, hidden, logits = self._forward_state(ints, self._last_ids, self._state, shape)
@@ -58,10 +64,28 @@ class SpmdRunner(XlaRunner):
     def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
         return self._step.head(hidden, rows)
 
+    def _greedy_eager(self, logits: Tensor) -> Tensor:
+        return super()._greedy_eager(self._step.own_rows(logits))
+
     def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
-        """Each chip draws all ids from all logits, because XLA cannot divide a kernel."""
-        own = (self._step.everywhere(each) for each in (logits, top_k, reals))
-        return self._step.from_all(super()._sample_eager(*own))
+        """Each chip draws the ids of its rows."""
+        own = self._step.own_part
+        parameters = own(self._step.everywhere(top_k), 0), own(self._step.everywhere(reals), 1)
+        return super()._sample_eager(self._step.own_rows(logits), *parameters)
+
+    def _feed(self, ids: Tensor) -> Tensor:
+        return self._step.from_all(super()._feed(self._step.of_all_rows(ids)))
+
+    def _edit_eager(self, logits: Tensor, row: Tensor, token: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+        edits = (spmd.to_local(each, 0, self._num_chips) for each in (row, token, factor, addend))
+        edited = super()._edit_eager(self._step.own_rows(logits), *edits)
+        return spmd.to_global(edited, 0, self._num_chips)
+
+    def _logprobs_eager(self, logits: Tensor, token_ids: Tensor) -> LogprobTensors:
+        """Each chip computes those of its rows; all get all of them, which are few."""
+        own_ids = self._step.own_part(self._step.everywhere(token_ids)[: logits.shape[0]], 0)
+        found = super()._logprobs_eager(self._step.own_rows(logits), own_ids)
+        return LogprobTensors(*(self._step.from_all(self._step.of_all_rows(each)) for each in found.tensors))
 
 
 def _renewing(function: Callable[..., R]) -> Callable[..., R]:

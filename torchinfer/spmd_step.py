@@ -1,7 +1,8 @@
 """The forward pass of a divided model, as one program on all chips.
 
-What goes in and out is whole: a step, ids, hidden states and logits are the same on every chip. Parameters and caches
-are cut. Between, each chip computes its own model from its shares, as on one chip.
+What goes in and out is whole: a step, ids and hidden states are the same on every chip. Parameters and caches are cut;
+logits, too, by rows, so that each chip has all that its rows' ids are drawn from. Between, each chip computes its own
+model from its shares, as on one chip.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class SpmdStep:
     def forward(
         self, ints: Tensor, last_ids: Tensor, state: list[Tensor], shape: StepShape
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The state afterwards, in the same memory where it is donated, hidden states [T, H], and logits [R, V].
+        """The state afterwards, in the same memory where it is donated, hidden states [T, H], logits [R, V] by rows.
 
         In this order, because XLA pairs what is donated with results of the same type as they come.
         """
@@ -53,12 +54,12 @@ class SpmdStep:
         logits, hidden = functional_call(self._model, _of_model(tensors), (step, caches))
         after = [spmd.to_global(tensor, STACKED, self._num_chips) for tensor in written]
         after += [self.from_all(tensor) for tensor in counted]
-        return after, self.from_all(hidden), self._whole(logits)
+        return after, self.from_all(hidden), self._by_rows(logits)
 
     def head(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits of some rows of hidden states."""
+        """Logits of some rows of hidden states, as many as chips divide; by rows."""
         chosen = self.everywhere(hidden)[self.everywhere(rows)]
-        return self._whole(functional_call(self._model_head, _of_model(self._shares()), (chosen,)))
+        return self._by_rows(functional_call(self._model_head, _of_model(self._shares()), (chosen,)))
 
     def everywhere(self, tensor: Tensor) -> Tensor:
         """In a program: a chip's copy of what all have."""
@@ -68,9 +69,22 @@ class SpmdStep:
         """What all chips have alike, as what goes out of a program."""
         return spmd.to_global(tensor, REPLICATED, self._num_chips)
 
-    def _whole(self, logits: Tensor) -> Tensor:
-        """What chips have of the vocabulary, together, without the rows that padded it."""
-        return spmd.gather(logits, 1, self._num_chips)[:, : self._vocab_size]
+    def own_rows(self, logits: Tensor) -> Tensor:
+        """In a program: a chip's rows of logits, [R / chips, V]."""
+        return spmd.to_local(logits, 0, self._num_chips)
+
+    def own_part(self, tensor: Tensor, dim: int) -> Tensor:
+        """In a program: of what belongs to all rows and every chip has, that of a chip's rows."""
+        return spmd.reshard(tensor, REPLICATED, dim, self._num_chips)
+
+    def of_all_rows(self, tensor: Tensor) -> Tensor:
+        """In a program: what chips have for their rows, on every chip for all rows."""
+        return spmd.reshard(tensor, 0, REPLICATED, self._num_chips)
+
+    def _by_rows(self, logits: Tensor) -> Tensor:
+        """From what chips have of the vocabulary, without the columns that padded it."""
+        rows = spmd.reshard(logits, 1, 0, self._num_chips)[:, : self._vocab_size]
+        return spmd.to_global(rows, 0, self._num_chips)
 
     def _shares(self) -> dict[str, Tensor]:
         return {

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from torchinfer.batch import KVCache, SamplingTensors
 from torchinfer.device import count_compilations, mark_as_donated, synchronize
 from torchinfer.kernels import greedy, sample
-from torchinfer.logit_edits import LogitEdits, collect_edits
+from torchinfer.logit_edits import LogitEdits, collect_edits, pieces
 from torchinfer.models.decoder import Decoder
 from torchinfer.request import MAX_LOGPROBS
 from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
@@ -48,6 +48,7 @@ class XlaRunner:
     """Padded shapes, compiled with torch.compile(backend="openxla")."""
 
     overlaps = True
+    _num_chips = 1  # among which rows of logits are divided
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class XlaRunner:
         self._device = device
         self._table_width = table_width
         self._token_buckets = buckets(MIN_TOKENS, max_num_tokens)
-        self._request_buckets = buckets(MIN_REQUESTS, max_num_requests)
+        self._request_buckets = request_buckets(max_num_requests, self._num_chips)
         self._num_last_ids = self._request_buckets[-1]
         self._last_ids = self._send(np.zeros(self._num_last_ids, np.int32))
         num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
@@ -77,8 +78,8 @@ class XlaRunner:
         self._head = compiled(self._head_eager)
         self._sample = compiled(self._sample_eager)
         self._greedy = compiled(self._greedy_eager)
-        self._edit_chunk = compiled(apply_edits)
-        self._logprobs = compiled(_logprobs_eager)
+        self._edit_chunk = compiled(self._edit_eager)
+        self._logprobs = compiled(self._logprobs_eager)
 
     @property
     def num_compilations(self) -> int:
@@ -151,21 +152,22 @@ class XlaRunner:
     def _send(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
+    def _send_divided(self, array: NDArray[Any]) -> Tensor:
+        """An array with a part for each chip."""
+        return self._send(array)
+
     def _send_sampling(self, sampling: Ints) -> tuple[Tensor, Tensor]:
         """In two pieces: XLA has no view of int32 as float32 through torch."""
         top_k, reals = split_sampling(sampling)
         return self._send(top_k), self._send(reals)
 
     def _edit(self, logits: Tensor, edits: LogitEdits | None) -> Tensor:
-        """Apply edits in pieces of one size; the last piece repeats its first edit, which changes nothing."""
+        """Apply edits in pieces of one size."""
         if edits is None:
             return logits
         edited = logits
-        for start in range(0, len(edits.row), EDITS_AT_A_TIME):
-            here = np.arange(start, start + EDITS_AT_A_TIME)
-            here[here >= len(edits.row)] = start
-            arrays = (edits.row[here], edits.token[here], edits.factor[here], edits.addend[here])
-            edited = self._edit_chunk(edited, *(self._send(array) for array in arrays))
+        for piece in pieces(edits, logits.shape[0], self._num_chips, EDITS_AT_A_TIME):
+            edited = self._edit_chunk(edited, *(self._send_divided(array) for array in piece.arrays))
         return edited
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan) -> list[tuple[Chunk, LogprobTensors]]:
@@ -173,8 +175,8 @@ class XlaRunner:
         at = len(plan.decodes)
         for chunk in plan.chunks:
             next_ids = prompt_targets(chunk)
-            for start in range(0, len(next_ids), MIN_REQUESTS):
-                ids = next_ids[start : start + MIN_REQUESTS]
+            for start in range(0, len(next_ids), self._request_buckets[0]):
+                ids = next_ids[start : start + self._request_buckets[0]]
                 first = chunk.start + start
                 part = Chunk(chunk.sequence, first, first + len(ids), False)
                 found.append((part, self._prompt_rows(hidden, at + start, ids, len(ids))))
@@ -182,7 +184,7 @@ class XlaRunner:
         return found
 
     def _prompt_rows(self, hidden: Tensor, start: int, ids: list[int], count: int) -> LogprobTensors:
-        rows = np.full(MIN_REQUESTS, start, np.int32)
+        rows = np.full(self._request_buckets[0], start, np.int32)
         rows[:count] = np.arange(start, start + count)
         targets = np.zeros(self._num_last_ids, np.int32)
         targets[: len(ids)] = ids
@@ -199,20 +201,27 @@ class XlaRunner:
         return self._model.logits(hidden[rows])
 
     def _greedy_eager(self, logits: Tensor) -> Tensor:
-        return self._pad_ids(greedy(logits))
+        return self._feed(greedy(logits))
 
     def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
         temperature, top_p, min_p, uniform = reals.unbind()
         params = SamplingTensors(temperature, top_k, top_p, min_p, uniform)
-        return self._pad_ids(sample(logits, params, any_filter=True))
+        return self._feed(sample(logits, params, any_filter=True))
 
-    def _pad_ids(self, ids: Tensor) -> Tensor:
+    def _feed(self, ids: Tensor) -> Tensor:
         """One size for the next step's feed, whatever the bucket."""
         return functional.pad(ids, (0, self._num_last_ids - ids.shape[0]))
 
+    def _edit_eager(self, logits: Tensor, row: Tensor, token: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+        return apply_edits(logits, row, token, factor, addend)
 
-def _logprobs_eager(logits: Tensor, token_ids: Tensor) -> LogprobTensors:
-    return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
+    def _logprobs_eager(self, logits: Tensor, token_ids: Tensor) -> LogprobTensors:
+        return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
+
+
+def request_buckets(largest: int, num_chips: int) -> list[int]:
+    """Request counts that programs are compiled for, up to the first that holds `largest`: chips divide them."""
+    return buckets(-(-MIN_REQUESTS // num_chips) * num_chips, largest)
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

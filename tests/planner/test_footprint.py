@@ -163,3 +163,10 @@ def test_the_engine_holds_as_many_bytes(tmp_path, name, quantization):
     assert part.page_size == 128
     cache = [tensor for layer in allocate(config, 3, 128, torch.int8, HOST, pages) for tensor in layer.tensors]
     assert 3 * part.page_bytes == sum(tensor.numel() * tensor.element_size() for tensor in cache)
+
+
+def test_each_chip_has_the_logits_of_its_rows_while_tokens_are_sampled(models):
+    """Four float32 copies; of 258 requests one of four chips has 65 at most."""
+    one, four = (part_of(models, "llama-3-8b", num_chips) for num_chips in (1, 4))
+    assert one.activation_bytes(258, 258) == 4 * 258 * 128256 * 4
+    assert four.activation_bytes(258, 258) == 4 * 65 * 128256 * 4

@@ -25,7 +25,7 @@ from torchinfer.planner.options import PlanOptions
 from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
 from torchinfer.step_input import StepShape, buckets
-from torchinfer.xla_runner import MIN_REQUESTS, MIN_TOKENS
+from torchinfer.xla_runner import MIN_TOKENS, request_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,8 @@ def _compile_place(plan: Plan, options: PlanOptions, place: Placement) -> Iterat
     if batch > most:
         raise ConfigError(f"batch={batch} does not fit {place.name}, which holds {most} requests: ask for at most that")
     width = -(-plan.context // place.footprint.page_size)
-    requests = buckets(MIN_REQUESTS, batch)[-1]
-    for kind, tokens, rows in (("decode", batch, requests), ("prefill", plan.chunk, MIN_REQUESTS)):
+    requests = request_buckets(batch, place.topology.num_chips)
+    for kind, tokens, rows in (("decode", batch, requests[-1]), ("prefill", plan.chunk, requests[0])):
         shape = StepShape(buckets(MIN_TOKENS, max(tokens, rows))[-1], rows, width)
         yield _compile_step(plan, options, place, kind, shape, min(batch, rows))
 

@@ -69,7 +69,8 @@ class Footprint:
         inner = max(config.intermediate_size, 0 if moe is None else moe.top_k * moe.intermediate_size)
         widest = 4 * config.hidden_size + max(attention, 3 * inner)  # gate, up and their product
         layer = num_tokens * widest * self.itemsize
-        logits = num_requests * self.vocab_size * torch.float32.itemsize * LOGIT_COPIES
+        rows = -(-num_requests // self.num_chips)  # that a chip draws ids from
+        logits = rows * self.vocab_size * torch.float32.itemsize * LOGIT_COPIES
         return max(layer, logits)
 
 

@@ -3,10 +3,12 @@ send each other.
 
     memory        weights that the step needs, once; the cache of its requests; new keys and values
     compute       2 operations a weight and token; attention's 4 * heads * head_dim for each position that a token sees
-    interconnect  two all-reduces a layer and one of the embeddings, [T, hidden]; logits, float32, gathered
+    interconnect  two all-reduces a layer and one of the embeddings, [T, hidden]; an all-to-all of the logits, float32
 
 Source of the model of time: Williams et al., "Roofline", CACM 52(4), 2009; of an all-reduce in a ring of n chips:
-2 (n - 1) / n of the bytes through each chip (Patarasuk and Yuan, JPDC 69(2), 2009), and n hops of latency.
+2 (n - 1) / n of the bytes through each chip (Patarasuk and Yuan, JPDC 69(2), 2009), and n hops of latency. In an
+all-to-all each chip has 1 / n of the bytes, of which 1 / n goes to each other chip the shorter way around, n^2 / 4 hops
+together: a quarter of the bytes through each chip, and n / 2 hops of latency.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Step:
     num_requests: int  # whose next token is sampled
     memory_bytes: int
     flops: float
-    interconnect_bytes: int  # that a chip sends
+    interconnect_bytes: int  # that a chip sends, and passes on
     memory_seconds: float
     compute_seconds: float
     interconnect_seconds: float
@@ -140,8 +142,8 @@ def _interconnect(
     share = (chips - 1) / chips
     num_reduces = 2 * footprint.config.num_layers + 1
     reduced = 2 * share * num_tokens * footprint.config.hidden_size * footprint.itemsize
-    gathered = share * num_requests * footprint.vocab_size * 4
-    sent = num_reduces * reduced + gathered
+    exchanged = (chips**2 // 4) / chips**2 * num_requests * footprint.vocab_size * 4
+    sent = num_reduces * reduced + exchanged
     num_hops = num_reduces * chips + (chips / 2 if num_requests else 0)
     return int(sent), sent / accelerator.ring_bytes_per_second + num_hops * accelerator.hop_seconds
 

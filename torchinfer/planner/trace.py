@@ -42,7 +42,7 @@ MLIR_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """A program with the outputs each cache tensor, written in place, hidden [T, H], and logits [R, V]."""
+    """A program with the outputs each cache tensor, written in place, hidden [T, H], and logits [R, V] by rows."""
 
     text: str
     donated: tuple[int, ...]  # the arguments that are caches
