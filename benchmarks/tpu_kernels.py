@@ -18,7 +18,8 @@ import json
 import os
 from dataclasses import dataclass
 
-from torchinfer import aot
+from torchinfer import aot, kernels
+from torchinfer.attention_bundles import AttentionBundles
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 SHAPES = {  # query heads, KV heads, head size; on one chip
@@ -48,7 +49,6 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
 
     from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout
     from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention
-    from torchinfer.kernels.tpu.ragged_attention_kernel import COPIES_AT_ONCE
 
     layout = PageLayout(kv_heads, size, dtype)
     config = make_config(layout, heads, num_cores=aot.CHIPS[chip].num_cores)
@@ -65,27 +65,14 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
 
     compiled = aot.compile_jax(attention, arguments, TOPOLOGIES[chip], dump_bundles=True)
     kernel = max(compiled.kernels.values(), key=lambda kernel: kernel.num_bundles)
-    # The loop over query blocks of decodes, in it that over blocks of the cache, in it: copies, new tokens, chunks.
-    decode = next(loop for loop in kernel.inside(None) if kernel.inside(loop))
-    block = next(loop for loop in kernel.inside(decode) if kernel.inside(loop))
-    start_copies, start_copy, await_copies, await_copy, *others = kernel.inside(block)
-    chunk = max(others, key=lambda loop: loop.num_bundles)
-    rest = block.num_bundles - sum(loop.num_bundles for loop in kernel.inside(block))
-    num_bundles = rest + chunk.num_bundles * config.fetch_pages // config.decode_chunk
-    by_many, by_one = divmod(config.fetch_pages, COPIES_AT_ONCE)
-    num_bundles += by_many * (start_copies.num_bundles + await_copies.num_bundles)
-    num_bundles += by_one * (start_copy.num_bundles + await_copy.num_bundles)
-    of_peak = prefill_of_peak(kernel, config.rows(config.prefill_tokens), config.prefill_chunk, config.key_width)
-    return Block(config.fetch_pages * PAGE_SIZE, config.fetch_pages * layout.page_bytes, num_bundles, of_peak)
-
-
-def prefill_of_peak(kernel: aot.Kernel, num_rows: int, num_pages: int, width: int) -> float:
-    """The last loops of the kernel are those over prefills, over blocks, over chunks and, if there are some, heads."""
-    prefill = [loop for loop in kernel.inside(None) if kernel.inside(loop)][-1]
-    block = next(loop for loop in kernel.inside(prefill) if kernel.inside(loop))
-    heads = [head for loop in kernel.inside(block) for head in kernel.inside(loop)] or kernel.inside(block)
-    flops = 2 * 2 * num_rows * num_pages * 128 * width
-    return flops / MATRIX_FLOPS / max(loop.num_bundles for loop in heads)
+    counted = AttentionBundles(kernel, kernels.attention_blocks(heads, kv_heads, size, dtype))
+    flops = 2 * 2 * config.rows(config.prefill_tokens) * config.prefill_chunk * PAGE_SIZE * config.key_width
+    return Block(
+        config.block_tokens,
+        config.fetch_pages * layout.page_bytes,
+        round(counted.decode_block()),
+        flops / MATRIX_FLOPS / counted.prefill_chunk(),
+    )
 
 
 def upstream(heads: int, kv_heads: int, size: int, num_tokens: int, chip: str) -> int:

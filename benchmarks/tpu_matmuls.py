@@ -85,13 +85,13 @@ def ours(shape: str, name: str, rows: int, chip: str) -> Block:
 
     compiled = aot.compile_jax(product, arguments, TOPOLOGIES[chip], dump_bundles=True)
     # Kernels have the name of the function, all else that of an operation.
-    loops = [loop for key, kernel in compiled.kernels.items() if key.startswith("product") for loop in kernel.loops]
+    loops = [kernel.grid_loop for key, kernel in compiled.kernels.items() if key.startswith("product")]
     width = config.block_outputs * (2 if is_gated and not config.is_whole else 1)
     flops = 2 * config.tile_rows * planes * inputs * width / (2 if config.is_integer else 1)
     matrices = min(experts, rows * experts) * 4 * (config.num_words + groups) * outputs
     return Block(
         4 * (config.num_words + groups) * width,
-        max(loop.num_bundles for loop in loops),
+        max(loop.num_bundles for loop in loops if loop is not None),
         flops / MATRIX_FLOPS,
         hbm_bytes(compiled.hlo) / matrices,
     )

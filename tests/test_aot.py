@@ -110,6 +110,9 @@ def test_loops_are_read_from_a_dump(tmp_path: Path):
     assert aot.Kernel(12, loops).innermost == loops[1:]
     assert aot.Kernel(12, loops).inside(None) == (loops[0], loops[3])
     assert aot.Kernel(12, loops).inside(loops[0]) == loops[1:3]
+    assert aot.Kernel(12, loops).grid_loop == loops[0]
+    assert [aot.Kernel(12, loops).run(steps) for steps in (1, 3)] == [12, 12 + 2 * 7]
+    assert aot.Kernel(12).run(3) == 12
 
 
 def test_a_core_has_its_share_of_the_chips_bandwidth():

@@ -80,6 +80,16 @@ class Kernel:
         deep = [loop for loop in self.loops if outer is None or _encloses(outer, loop)]
         return tuple(a for a in deep if not any(_encloses(b, a) for b in deep))
 
+    @property
+    def grid_loop(self) -> Loop | None:
+        """The loop over the steps of a grid: the largest that is in no other. None: there is no loop."""
+        return max(self.inside(None), key=lambda loop: loop.num_bundles, default=None)
+
+    def run(self, num_steps: int) -> int:
+        """Bundles of one run with so many steps of the grid, all else once: other loops, and branches, taken or not."""
+        loop = self.grid_loop
+        return self.num_bundles + (0 if loop is None else (num_steps - 1) * loop.num_bundles)
+
 
 def _encloses(outer: Loop, inner: Loop) -> bool:
     return (

@@ -48,11 +48,6 @@ def hbm_bytes(hlo: str) -> int:
     return _moved_by(computations[entry], computations)
 
 
-def kernel_bytes(hlo: str) -> int:
-    """What Pallas kernels state, wherever their operands are."""
-    return sum(map(int, _STATED.findall(hlo)))
-
-
 def parse(hlo: str) -> tuple[str, dict[str, Computation]]:
     """The entry's name, and all computations by name."""
     computations: dict[str, dict[str, Instruction]] = {}

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from torchinfer import aot
 from torchinfer.errors import ConfigError, DeviceError
 from torchinfer.planner import compiled
 from torchinfer.planner.compiled import compile_steps, explain
@@ -121,6 +122,7 @@ def test_the_compiler_agrees_with_the_arithmetic(models, name, accelerator, topo
         assert known <= step.program.argument_bytes < 1.2 * known
         assert step.cache_bytes == step.num_pages * part.page_bytes
         assert step.num_kernels == 2 * KERNELS_OF_A_LAYER
+        check_kernels(step)
         assert step.collectives == {"all-reduce": 5, "all-to-all": 1}
         assert step.program.flops > 0 < step.estimated_seconds
         left = step.num_tokens_left * part.kv_bytes_per_token
@@ -132,6 +134,24 @@ def test_the_compiler_agrees_with_the_arithmetic(models, name, accelerator, topo
     text = to_text(found, [decode])
     assert "5 all-reduce, 1 all-to-all" in text
     assert "attention's kernel counts the pages" in text
+    assert data["kernels"] == [kernel.to_dict() for kernel in decode.kernels]
+    assert f"{accelerator} {topology}, decode: Pallas kernels" in text
+
+
+def check_kernels(step):
+    """Each is called once a layer or more; products and attention say what they move, and the time is at least that of
+    the memory and of the bundles."""
+    attention, *others = sorted(step.kernels, key=lambda kernel: kernel.name)
+    assert attention.name == "ragged_paged_attention"
+    assert {kernel.name for kernel in others} == {"split_rows", "streamed_matmul"}
+    for kernel in step.kernels:
+        assert kernel.call.count % 2 == 0
+        assert kernel.num_bundles > 20
+        assert (kernel.num_bytes > 0) == (kernel.name != "split_rows")
+    chip = aot.CHIPS[step.placement.accelerator.name]
+    for cycles in ("hbm_cycles", "num_bundles"):
+        least = sum(kernel.call.count * getattr(kernel, cycles) for kernel in step.kernels)
+        assert 0 < least / chip.clock_hz < step.estimated_seconds
 
 
 @pytest.mark.xla

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchinfer.attention_bundles import AttentionBlocks
 from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
@@ -161,6 +162,21 @@ def kernel_pages(
     if problem is not None:
         return problem
     return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
+
+
+def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> AttentionBlocks:
+    """What the TPU's attention kernel over pages of a dtype does at once. Imports jax, and needs no TPU."""
+    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout").PageLayout(num_kv_heads, head_dim, dtype)
+    config = importlib.import_module("torchinfer.kernels.tpu.ragged_attention").make_config(layout, num_heads)
+    return AttentionBlocks(
+        fetch_pages=config.fetch_pages,
+        decode_chunk=config.decode_chunk,
+        prefill_chunk=config.prefill_chunk,
+        prefill_tokens=config.prefill_tokens,
+        copies_at_once=importlib.import_module("torchinfer.kernels.tpu.ragged_attention_kernel").COPIES_AT_ONCE,
+        num_kv_heads=num_kv_heads,
+        group_tokens=layout.group_tokens,
+    )
 
 
 def load_page_attention() -> None:

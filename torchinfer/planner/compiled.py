@@ -20,7 +20,8 @@ from typing import Any
 from torchinfer import aot
 from torchinfer.device import free_memory_bytes
 from torchinfer.errors import ConfigError, DeviceError, TorchinferError
-from torchinfer.hbm_traffic import hbm_bytes, kernel_bytes
+from torchinfer.hbm_traffic import hbm_bytes
+from torchinfer.planner.kernels import StepKernel, step_kernels
 from torchinfer.planner.options import PlanOptions
 from torchinfer.planner.planner import Placement, Plan, num_cores
 from torchinfer.planner.source import HOST
@@ -35,7 +36,6 @@ GIB = 2**30
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_KERNEL = re.compile(r'custom_call_target="tpu_custom_call"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class CompiledStep:
     error: str | None
     seconds: float  # of tracing and compiling
     moved_bytes: int = 0  # between the chip and its memory
+    kernels: tuple[StepKernel, ...] = ()  # the distinct Pallas kernels
 
     @property
     def cache_bytes(self) -> int:
@@ -75,17 +76,16 @@ class CompiledStep:
     @property
     def num_kernels(self) -> int:
         """Calls of Pallas kernels."""
-        assert self.program is not None
-        return len(_KERNEL.findall(self.program.hlo))
+        return sum(kernel.call.count for kernel in self.kernels)
 
     @property
     def estimated_seconds(self) -> float:
-        """The compiler's cycles of all operations that it has an estimate for, and the memory's time for what Pallas
-        kernels read and write, one after the other."""
+        """The compiler's cycles of all operations that it has an estimate for, and those of Pallas kernels, of each the
+        larger of its bundles and of the memory's cycles for its bytes: one after the other."""
         assert self.program is not None
         chip = aot.CHIPS[self.placement.accelerator.name]
         cycles = sum(map(int, _CYCLES.findall(self.program.hlo)))
-        return cycles / chip.clock_hz + kernel_bytes(self.program.hlo) / chip.hbm_bytes_per_second
+        return (cycles + sum(kernel.cycles for kernel in self.kernels)) / chip.clock_hz
 
     def to_dict(self) -> dict[str, Any]:
         """Bytes, seconds."""
@@ -115,6 +115,7 @@ class CompiledStep:
             "estimated_seconds": self.estimated_seconds,
             "collectives": self.collectives,
             "num_kernels": self.num_kernels,
+            "kernels": [kernel.to_dict() for kernel in self.kernels],
         }
 
 
@@ -178,14 +179,17 @@ def _compile_step(
     }
     logger.info("compiling %s, %d tokens, %d requests, for %s", kind, shape.num_tokens, shape.num_requests, place.name)
     started = time.monotonic()
-    program, error = _try(request, place, options.compile_seconds)
+    program, kernels, error = _try(request, place, options.compile_seconds)
     needed = part.weight_bytes + batch * part.request_bytes(plan.context)
     moved = 0 if program is None else hbm_bytes(program.hlo)
-    return CompiledStep(place, kind, shape, num_pages, needed, program, error, time.monotonic() - started, moved)
+    seconds = time.monotonic() - started
+    return CompiledStep(place, kind, shape, num_pages, needed, program, error, seconds, moved, kernels)
 
 
-def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tuple[aot.Compiled | None, str | None]:
-    """The compiled program, or why there is none."""
+def _try(
+    request: dict[str, Any], place: Placement, limit_seconds: float
+) -> tuple[aot.Compiled | None, tuple[StepKernel, ...], str | None]:
+    """The compiled program and its kernels, or why there is none."""
     with tempfile.TemporaryDirectory(prefix="torchinfer-plan-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request))
@@ -194,22 +198,25 @@ def _try(request: dict[str, Any], place: Placement, limit_seconds: float) -> tup
         try:
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit_seconds)
         except subprocess.TimeoutExpired:
-            return None, f"the step could not be traced within compile_seconds={limit_seconds:g}; allow more"
+            return None, (), f"the step could not be traced within compile_seconds={limit_seconds:g}; allow more"
         if done.returncode:
-            return None, f"the step cannot be traced: {_last_line(done.stderr)}"
+            return None, (), f"the step cannot be traced: {_last_line(done.stderr)}"
         text = (folder / "module.mlir").read_text()
         donated = tuple(json.loads((folder / "traced.json").read_text())["donated"])
+    topology = f"{place.accelerator.name}:{place.topology.name}"
+    assert place.footprint is not None
     try:
         program = aot.compile_hlo(
             text,
-            f"{place.accelerator.name}:{place.topology.name}",
+            topology,
             num_devices=place.topology.num_chips,
             donate=donated,
             timeout_seconds=limit_seconds,
         )
+        kernels = step_kernels(program.hlo, topology, place.footprint, limit_seconds)
     except TorchinferError as error:
-        return None, explain(str(error))
-    return program, None
+        return None, (), explain(str(error))
+    return program, kernels, None
 
 
 def _last_line(text: str) -> str:

@@ -13,6 +13,7 @@ from torchinfer.evaluation.table import columns
 from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.planner.capacity import WEIGHT_SHARE
 from torchinfer.planner.compiled import CompiledStep
+from torchinfer.planner.kernels import StepKernel
 from torchinfer.planner.planner import Placement, Plan, Speed
 from torchinfer.planner.roofline import LEFT_OUT, Step, price_per_million
 from torchinfer.planner.source import UNREAD
@@ -49,13 +50,18 @@ COMPILED = (
     "kernels",
     "compile s",
 )
+KERNELS = ("kernel", "of", "calls", "MB", "memory's cycles", "bundles", "of memory", "ms, est.")
 COMPILED_NOTES = (
     "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
     "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
     "cache tokens: that fit if the work's part does not grow with the cache. GB moved: between the chip and its "
     "memory, counted in the compiled program, and how many times weights and cache of the requests that is; "
     "attention's kernel counts the pages that rows of full length fetch. ms: the compiler's cycles of the operations "
-    "that it estimates and the memory's time for kernels, one after the other: without gathers, transfers and waiting.",
+    "that it estimates, and of kernels the larger of bundles and the memory's cycles, one after the other: without "
+    "gathers, transfers, waiting, and what XLA fetches while something else is computed.",
+    "kernels: MB that a call moves, as it states; VLIW bundles of a call, one a cycle at most, of loops times their "
+    "rounds, branches that are not taken included. Below 1 of the memory's cycles the memory is the limit, above it "
+    "the kernel; ms are those of all calls.",
     "Experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the "
     "pages of every token's request where there are no kernels (kernels/tpu/paged_attention.py): formulations for "
     "correctness, which move far more than is needed.",
@@ -136,7 +142,25 @@ def _cells(name: str, steps: Sequence[Step], speed: Speed) -> tuple[str, ...]:
 def _compiled_table(steps: Sequence[CompiledStep]) -> list[str]:
     """What was compiled, and why the rest was not."""
     lines = columns([COMPILED, *map(_compiled_cells, steps)])
-    return lines + [f"{each.placement.name}, {each.kind}: {each.error}" for each in steps if each.error is not None]
+    lines += [f"{each.placement.name}, {each.kind}: {each.error}" for each in steps if each.error is not None]
+    for step in (each for each in steps if each.kernels):
+        rows = [_kernel_cells(kernel, step) for kernel in step.kernels]
+        lines += ["", f"{step.placement.name}, {step.kind}: Pallas kernels", *columns([KERNELS, *rows])]
+    return lines
+
+
+def _kernel_cells(kernel: StepKernel, step: CompiledStep) -> tuple[str, ...]:
+    clock_hz = aot.CHIPS[step.placement.accelerator.name].clock_hz
+    return (
+        kernel.name,
+        kernel.streamed,
+        f"{kernel.call.count:,}",
+        f"{kernel.num_bytes / 1e6:,.2f}" if kernel.num_bytes else "-",
+        f"{kernel.hbm_cycles:,.0f}" if kernel.num_bytes else "-",
+        f"{kernel.num_bundles:,}",
+        f"{kernel.num_bundles / kernel.hbm_cycles:.2f}" if kernel.num_bytes else "-",
+        f"{1000 * kernel.cycles / clock_hz:,.3f}",
+    )
 
 
 def _compiled_cells(step: CompiledStep) -> tuple[str, ...]:
