@@ -33,7 +33,7 @@ PEERS = ("llama.cpp", "vllm", "openvino", "transformers")
 TASKS = {
     "b1": {"requests": 1, "prompt": 128, "new": 64},
     "b8": {"requests": 8, "prompt": 128, "new": 32},
-    "b32": {"requests": 32, "prompt": 128, "new": 32},
+    "b32": {"requests": 32, "prompt": 32, "new": 32},
     "p512": {"requests": 1, "prompt": 512, "new": 1},
     "p4096": {"requests": 1, "prompt": 4096, "new": 1},
 }
