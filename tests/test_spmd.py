@@ -115,7 +115,8 @@ def test_each_chip_edits_draws_and_tells_log_probabilities_of_its_rows(
     folder = save(
         tmp_path / "model", "llama-tied", vocab_size=163, **WIDE | sizes | {"hidden_size": 192, "intermediate_size": 96}
     )
-    (result,) = run(num_chips, True, [(folder, {})], XLA_FLAGS=QUICK)
+    options = {"max_num_batched_tokens": 64}  # soon all eight requests decode together
+    (result,) = run(num_chips, True, [(folder, options)], XLA_FLAGS=QUICK)
     assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert_equal_logprobs(result)
     assert result["chips"]["compiled"] == 0
