@@ -50,9 +50,9 @@ def main() -> None:
     if not is_warm:
         XlaRunner.warm_up = lambda self, progress: None  # type: ignore[method-assign]
     for model, options in cases:
-        packs = options.pop("packs", False)
+        packs, is_among = options.pop("packs", False), options.pop("expert_parallel", False)
         startup.tensor_cores = lambda device, packs=packs: 0 if packs and device.type == "xla" else None
-        chips = run(model, is_warm, device="xla", tensor_parallel_size=num_chips, **options)
+        chips = run(model, is_warm, device="xla", tensor_parallel_size=num_chips, expert_parallel=is_among, **options)
         cpu = run(model, is_warm, device="cpu", **options)
         print(json.dumps({"chips": chips, "cpu": cpu}), flush=True)
 

@@ -41,6 +41,7 @@ from torchinfer.device import resolve_device
         ({"max_model_len": True}, "max_model_len=True must be a whole number"),
         ({"kv_cache_memory": "1GiB"}, "kv_cache_memory='1GiB' must be a number"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be at least 1"),
+        ({"expert_parallel": True}, "expert_parallel=True divides experts among chips, but tensor_parallel_size=1"),
         (
             {"tensor_parallel_size": 4, "quantization": "int8_w8a8", "calibration": "text"},
             "calibration='text' runs the model on one chip, not on 4: write a smoothed checkpoint",

@@ -15,17 +15,29 @@ from torchinfer.errors import ConfigError
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
-from torchinfer.parallel import DividedModel, Division, Shard, divide, partition_problems, tensors_of
+from torchinfer.parallel import (
+    DividedModel,
+    Division,
+    Shard,
+    divide,
+    partition_problems,
+    tensors_of,
+    with_expert_parallel,
+)
 from torchinfer.testing import save_random_checkpoint, tiny_config
 
 CPU = torch.device("cpu")
 
 
-def divided(name: str, num_chips: int, quantization: Any = None, **changes: Any) -> DividedModel:
+def tiny_model_config(name: str, **changes: Any) -> ModelConfig:
     raw = {**tiny_config(name).to_dict(), **changes}
     raw["architectures"] = [type(tiny_config(name)).__name__.replace("Config", "ForCausalLM")]
+    return ModelConfig.from_dict(raw)
+
+
+def divided(name: str, num_chips: int, quantization: Any = None, **changes: Any) -> DividedModel:
     with torch.device("meta"):
-        whole = build_model(ModelConfig.from_dict(raw))
+        whole = build_model(tiny_model_config(name, **changes))
     if quantization is not None:
         quantize_model(whole, quantization, CPU)
     return divide(whole, num_chips)
@@ -76,6 +88,25 @@ def test_gate_and_up_of_experts_are_cut_side_by_side_and_down_by_inputs() -> Non
     down = numbered(model.whole.layers[0].mlp.experts.down)
     _, second = shares(model.divisions["layers.0.mlp.experts.down"], down, 2)
     assert torch.equal(second, down[:, :, 48:])
+
+
+def test_experts_are_divided_among_chips_if_that_is_asked_for() -> None:
+    with torch.device("meta"):
+        whole = build_model(with_expert_parallel(tiny_model_config("mixtral", num_local_experts=6)))
+    quantize_model(whole, "int8", CPU)
+    model = divide(whole, 2)
+    for name, size in (("gate_up.values", 192), ("gate_up.scale", 192), ("down.values", 64)):
+        tensor = numbered(tensors_of(whole)[f"layers.0.mlp.experts.{name}"])
+        _, second = shares(model.divisions[f"layers.0.mlp.experts.{name}"], tensor, 2)
+        assert torch.equal(second, tensor[3:]) and second.shape[1] == size
+    _, second = shares(model.divisions["layers.0.mlp.first_expert"], whole.layers[0].mlp.first_expert, 2)
+    assert second.tolist() == [3]
+    assert partition_problems(whole.config, 4) == ["num_experts=6 is not divisible by 4 chips"]
+
+
+def test_experts_of_a_model_without_them_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expert_parallel=True: LlamaForCausalLM has no experts"):
+        with_expert_parallel(tiny_model_config("llama"))
 
 
 def test_a_bias_is_added_to_a_sum_once_and_rows_that_pad_a_vocabulary_are_zeros() -> None:

@@ -106,6 +106,25 @@ def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_id
         assert len(result["chips"]["packed"]) == count
 
 
+def test_four_chips_have_some_of_the_experts_each_and_give_the_ids_of_the_cpu(tmp_path: Path) -> None:
+    """One each, or two; packed for the kernels; beside an expert that sees every token; those that overflow."""
+    one = save(tmp_path / "one", "mixtral", num_local_experts=4, **SHALLOW)
+    two = save(tmp_path / "two", "qwen2-moe", num_experts=8, shared_expert_intermediate_size=64, **WIDE)
+    capacity = {"moe_mode": "capacity", "moe_capacity_factor": 0.8}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (one, {}),
+        (two, {"quantization": "int8"}),
+        (one, {"quantization": "int8", "packs": True}),
+        (one, {"dtype": "bfloat16", "packs": True}),
+        (two, capacity),
+    ]
+    results = run(4, False, [(model, options | {"expert_parallel": True}) for model, options in cases], XLA_FLAGS=QUICK)
+    for (_, options), result in zip(cases, results, strict=True):
+        assert result["chips"]["ids"] == result["cpu"]["ids"], options
+    assert results[2]["chips"]["packed"][-1].startswith("layers.1.")
+    assert results[-1]["chips"]["dropped"] == results[-1]["cpu"]["dropped"] > 0
+
+
 @pytest.mark.parametrize(("num_chips", "num_heads"), [(3, 6), (4, 8)])
 def test_each_chip_edits_draws_and_tells_log_probabilities_of_its_rows(
     num_chips: int, num_heads: int, tmp_path: Path

@@ -20,6 +20,7 @@ ENGINE = FlagSet(
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
         "tensor_parallel_size": "XLA: chips that divide the model, all that the process has; its CPU has as many as "
         "are asked for",
+        "expert_parallel": "these chips have some of the experts each, whole, not a part of each",
         "dtype": "of weights and activations; auto: the checkpoint's",
         "quantization": f"weights, while they are loaded: {SCHEME_HELP} (default: as they are)",
         "calibration": "text file, for int8_w8a8: the unquantized model is run over its beginning, and what is found "

@@ -42,6 +42,7 @@ class EngineConfig:
     model: str | Path  # folder of a Hugging Face checkpoint
     device: str = "auto"  # the first of xla, cuda, cpu that is there
     tensor_parallel_size: int = 1  # XLA: chips that divide the model; all that the process has
+    expert_parallel: bool = False  # these chips have some of the experts each, whole, not a part of each
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
     calibration: str | Path | None = None  # text file to smooth activations with, for int8_w8a8
@@ -109,6 +110,8 @@ def _range_problems(c: EngineConfig) -> list[str]:
             f"calibration={str(c.calibration)!r} runs the model on one chip, not on {c.tensor_parallel_size}: write a "
             "smoothed checkpoint with `torchinfer quantize` first"
         )
+    if c.expert_parallel and c.tensor_parallel_size == 1:
+        found.append("expert_parallel=True divides experts among chips, but tensor_parallel_size=1: ask for several")
     for name in ("tensor_parallel_size", "max_num_requests", "max_num_batched_tokens", "page_size"):
         value = getattr(c, name)
         if value is not None and value < 1:

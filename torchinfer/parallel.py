@@ -7,8 +7,9 @@ Each chip computes a model of its own sizes (`local_config`), built from the sam
     replicated        norms, routers; key-value heads, by neighbours, where they are fewer than chips
     on one chip       biases of row-parallel layers: the others add zeros to the sum
 
-Experts are divided within, not among the chips: then every chip has the same work, whatever the router says, and no
-token travels. Which dimension of a tensor is cut follows from the sizes: it is the one in which a chip's is smaller.
+Experts are divided within: then every chip has the same work, whatever the router says. With `expert_parallel` chips
+have some of them each, whole, and compute what their experts add to the same sum, so that no token travels either.
+Which dimension of a tensor is cut follows from the sizes: it is the one in which a chip's is smaller.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
-from torchinfer.models.moe import Experts
+from torchinfer.models.moe import Experts, MoE
 from torchinfer.quantization import QuantizedMatrix
 from torchinfer.spmd import REPLICATED
 
@@ -129,6 +130,10 @@ class DividedModel:
         # The first token id of each chip's rows.
         first_row = torch.arange(self.num_chips, dtype=torch.int32) * self.local.config.vocab_size
         self.whole.embedding.first_row, self.local.embedding.first_row = first_row, first_row[:1]
+        for name, module in self.local.named_modules():
+            if isinstance(module, MoE) and module.config.num_chips > 1:
+                first = torch.arange(self.num_chips, dtype=torch.int32) * module.config.num_experts_here
+                self.whole.get_submodule(name).first_expert, module.first_expert = first, first[:1]
         tensors = tensors_of(self.whole)
         self.divisions = {
             name: _division(name, self, tensors[name], share) for name, share in tensors_of(self.local).items()
@@ -181,8 +186,9 @@ def local_config(config: ModelConfig, num_chips: int) -> ModelConfig:
         shared = moe.shared_intermediate_size
         moe = replace(
             moe,
-            intermediate_size=moe.intermediate_size // num_chips,
+            intermediate_size=moe.intermediate_size // (1 if moe.expert_parallel else num_chips),
             shared_intermediate_size=None if shared is None else shared // num_chips,
+            num_chips=num_chips if moe.expert_parallel else 1,
         )
     return replace(
         config,
@@ -192,6 +198,17 @@ def local_config(config: ModelConfig, num_chips: int) -> ModelConfig:
         intermediate_size=max(config.intermediate_size // num_chips, 1),
         moe=moe,
     )
+
+
+def with_expert_parallel(config: ModelConfig) -> ModelConfig:
+    """The same model, of which chips that divide it have some of the experts each.
+
+    Raises:
+        ConfigError: it has no experts.
+    """
+    if config.moe is None:
+        raise ConfigError(f"expert_parallel=True: {config.architecture} has no experts; leave it out")
+    return replace(config, moe=replace(config.moe, expert_parallel=True))
 
 
 def partition_problems(config: ModelConfig, num_chips: int) -> list[str]:
@@ -213,7 +230,14 @@ def _inner_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
     if moe is None or len(moe.layers) < config.num_layers:
         yield "intermediate_size", config.intermediate_size
     if moe is not None:
-        yield "the experts' intermediate_size", moe.intermediate_size
+        yield (
+            ("num_experts", moe.num_experts)
+            if moe.expert_parallel
+            else (
+                "the experts' intermediate_size",
+                moe.intermediate_size,
+            )
+        )
         if moe.shared_intermediate_size is not None:
             yield "the shared expert's intermediate_size", moe.shared_intermediate_size
 

@@ -46,7 +46,7 @@ from torchinfer.loader.divided import load_divided
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
-from torchinfer.parallel import DividedModel, local_config, partition_problems
+from torchinfer.parallel import DividedModel, local_config, partition_problems, with_expert_parallel
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.spmd_matrices import prepare_chips
@@ -67,6 +67,8 @@ def start_engine(config: EngineConfig) -> Engine:
     """
     checkpoint = Checkpoint.open(config.model)
     model_config = ModelConfig.from_dict(checkpoint.config)
+    if config.expert_parallel:
+        model_config = with_expert_parallel(model_config)
     max_model_len = _resolve_max_model_len(config, model_config)
     device = _prepare_device(config, model_config)
     dtype = resolve_dtype(config.dtype, checkpoint.config)

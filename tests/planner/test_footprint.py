@@ -135,6 +135,16 @@ def test_sizes_that_do_not_divide_are_named(models, name, num_chips, problem):
     assert problem in partition_problems(config, num_chips)
 
 
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_experts_among_chips_take_what_they_take_divided_within_but_for_scales(models, name):
+    """Each chip has scales for the outputs of its experts only."""
+    within, among = (read_source(models.path(name), "bfloat16", "int8", flag) for flag in (False, True))
+    divided, whole = (footprint(source, 4, torch.int8).weight_bytes for source in (within, among))
+    moe, layers = among.config.moe, among.config.num_layers
+    assert divided - whole == layers * (moe.num_experts - moe.num_experts // 4) * among.config.hidden_size * 4
+    assert partition_problems(among.config, 3)[-1] == f"num_experts={moe.num_experts} is not divisible by 3 chips"
+
+
 def test_kv_heads_that_neither_divide_nor_are_divided_are_refused(models):
     path = models.path("llama-3-8b", num_attention_heads=24, num_key_value_heads=6, head_dim=128, hidden_size=3072)
     config = read_source(path, "bfloat16", None).config

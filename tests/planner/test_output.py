@@ -15,6 +15,7 @@ FLAGS = {
     "quantization": ("--quantization *.mlp.*=int4 --quantization int8", {"*.mlp.*": "int4", "*": "int8"}),
     "kv_cache_dtype": ("--kv-cache int8", "int8"),
     "dtype": ("--dtype bfloat16", "bfloat16"),
+    "expert_parallel": ("--expert-parallel", True),
     "context": ("--context 99", 99),
     "accelerator": ("--accelerator v5p", "v5p"),
     "topology": ("--topology 2x2x1", "2x2x1"),

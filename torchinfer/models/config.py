@@ -47,6 +47,13 @@ class MoEConfig:
     layers: tuple[int, ...] = ()  # indices of the layers that have experts; the others are dense
     mode: str = "dropless"  # or capacity
     capacity_factor: float = 1.25
+    expert_parallel: bool = False  # chips that divide the model have some of the experts each, not a part of each
+    num_chips: int = 1  # that the experts are among; the sizes are those of one of them then
+
+    @property
+    def num_experts_here(self) -> int:
+        """Of the model's `num_experts`, those of this chip."""
+        return self.num_experts // self.num_chips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

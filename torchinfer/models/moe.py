@@ -46,15 +46,17 @@ class MoE(Layer):
     """Router, experts, and in some families an expert that sees every token.
 
     `num_dropped`, int64 on the device, counts what did not fit since the model was built: pairs of token and expert.
+    `first_expert`, int32 [1]: of a chip that has those from there on; None where all are. Others' add nothing.
     """
 
     num_dropped: Tensor
+    first_expert: Tensor | None
 
     def __init__(self, hidden_size: int, config: MoEConfig, activation: str) -> None:
         super().__init__()
         self.config = config
         self.router = Linear(hidden_size, config.num_experts, is_router=True)
-        self.experts = Experts(config.num_experts, hidden_size, config.intermediate_size, activation)
+        self.experts = Experts(config.num_experts_here, hidden_size, config.intermediate_size, activation)
         self.shared_expert: GatedMLP | None = None
         self.shared_gate: Linear | None = None
         if config.shared_intermediate_size is not None:
@@ -62,12 +64,13 @@ class MoE(Layer):
             self.shared_gate = Linear(hidden_size, 1, is_router=True)
         counter = torch.zeros((), dtype=torch.int64, device="cpu")
         self.register_buffer("num_dropped", counter, persistent=False)
+        self.register_buffer("first_expert", None, persistent=False)
 
     def forward(self, x: Tensor, is_live: Tensor) -> Tensor:
         """[T, hidden], [T] bool: rows that are not padding -> [T, hidden]."""
         experts, weights = self._route(x, is_live)
-        order = experts.flatten().argsort(stable=True)  # [T k], dropped and padded ones last
-        group = torch.arange(self.config.num_experts, dtype=experts.dtype, device=experts.device)
+        order = experts.flatten().argsort(stable=True)  # [T k]; dropped, padded and other chips' last
+        group = torch.arange(self.config.num_experts_here, dtype=experts.dtype, device=experts.device)
         group_sizes = (experts.flatten() == group[:, None]).sum(1, dtype=torch.int32)
         computed = self.experts(x[order // self.config.top_k], group_sizes)
         # A gather by the inverse order: torch_xla 2.9 aborts on index_copy by the result of a sort.
@@ -79,7 +82,7 @@ class MoE(Layer):
         return result + torch.sigmoid(self.shared_gate(x)) * self.shared_expert(x)
 
     def _route(self, x: Tensor, is_live: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, hidden], [T] bool -> experts [T, k] int64, where E stands for none, and their weights [T, k]."""
+        """[T, hidden], [T] bool -> experts of this chip [T, k] int64, where E stands for none, and weights [T, k]."""
         scores = functional.softmax(self.router(x), dim=-1, dtype=torch.float32)
         weights, experts = scores.topk(self.config.top_k, dim=-1)
         if self.config.is_normalized:
@@ -87,7 +90,11 @@ class MoE(Layer):
         is_kept = is_live[:, None]
         if self.config.mode == "capacity":
             is_kept = is_kept & self._fits(experts, is_live)
-        return torch.where(is_kept, experts, self.config.num_experts), weights.to(x.dtype)
+        num_here = self.config.num_experts_here
+        if self.first_expert is not None:
+            experts = experts - self.first_expert
+            is_kept = is_kept & (experts >= 0) & (experts < num_here)
+        return torch.where(is_kept, experts, num_here), weights.to(x.dtype)
 
     def _fits(self, experts: Tensor, is_live: Tensor) -> Tensor:
         """[T, k], [T] -> [T, k] bool: within its expert's capacity. First choices come first, then in token order."""

@@ -170,6 +170,7 @@ def _compile_step(
         "model": str(Path(options.model).absolute() if Path(options.model).exists() else options.model),
         "dtype": options.dtype,
         "quantization": options.quantization,
+        "expert_parallel": options.expert_parallel,
         "num_chips": part.num_chips,
         "shape": [shape.num_tokens, shape.num_requests, shape.table_width],
         "cache_dtype": str(plan.cache_dtype).removeprefix("torch."),

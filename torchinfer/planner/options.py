@@ -29,6 +29,7 @@ class PlanOptions:
     quantization: Quantization | None = None
     kv_cache_dtype: str = "auto"
     dtype: str = "auto"
+    expert_parallel: bool = False  # chips have some of the experts each, whole, not a part of each
     context: int | None = None  # tokens of a request; None: 4,096, or the model's context if that is less
     accelerator: str = ALL
     topology: str | None = None  # None: the smallest that fits
@@ -50,6 +51,7 @@ PLAN = FlagSet(
         "(default: as the checkpoint has them)",
         "kv_cache_dtype": "of the KV cache; auto: the model's",
         "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's",
+        "expert_parallel": "chips have some of the experts each, whole, not a part of each",
         "context": "tokens of a request, prompt and output together (default: 4096, or the model's context if less)",
         "accelerator": "kind of chip",
         "topology": "chips that hold the model: 2x4 on v5e, 2x2x1 on v5p, a number of GPUs (default: the smallest "

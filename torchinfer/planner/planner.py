@@ -87,7 +87,7 @@ def plan(options: PlanOptions) -> Plan:
         UnsupportedModelError: with everything in it that this library cannot compute.
         ConfigError: options that cannot be honoured, all at once; or the model fits nothing that was asked for.
     """
-    source = read_source(options.model, options.dtype, options.quantization)
+    source = read_source(options.model, options.dtype, options.quantization, options.expert_parallel)
     cache_dtype = resolve_cache_dtype(options.kv_cache_dtype, source.dtype, HOST)
     raise_all(list(_problems(options, source.config, cache_dtype)), ConfigError, "cannot plan")
     num_parameters = source.build(source.config).num_parameters()  # also shows what is wrong on any number of chips

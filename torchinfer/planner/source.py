@@ -19,6 +19,7 @@ from torchinfer.loader.storage import open_source
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import with_expert_parallel
 from torchinfer.startup import resolve_dtype
 
 HOST = torch.device("cpu")
@@ -58,13 +59,15 @@ class ModelSource:
         return model
 
 
-def read_source(path: str | Path, dtype: str, quantization: Quantization | None) -> ModelSource:
-    """Read a folder's, a gs:// prefix's or a file's config.json.
+def read_source(
+    path: str | Path, dtype: str, quantization: Quantization | None, expert_parallel: bool = False
+) -> ModelSource:
+    """Read a folder's, a gs:// prefix's or a file's config.json. `expert_parallel`: see `with_expert_parallel`.
 
     Raises:
         CheckpointError: there is none, or it is not JSON.
         UnsupportedModelError: with everything in it that this library cannot compute.
-        ConfigError: `quantization` is asked of a model that comes quantized.
+        ConfigError: `quantization` is asked of a model that comes quantized, `expert_parallel` of one without experts.
     """
     folder, _, name = str(path).rpartition("/")
     checkpoint = _read_file(folder or ".", name) if name.endswith(".json") else _read_folder(str(path))
@@ -74,6 +77,8 @@ def read_source(path: str | Path, dtype: str, quantization: Quantization | None)
             f"quantization={quantization!r}: the checkpoint comes quantized already (its quantization_config): leave "
             "the option out, or take the config.json of one that is not quantized"
         )
+    if expert_parallel:
+        config = with_expert_parallel(config)
     return ModelSource(_name(path), config, resolve_dtype(dtype, checkpoint.config), quantization, checkpoint)
 
 

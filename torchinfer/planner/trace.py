@@ -52,7 +52,7 @@ def main() -> None:
     """Trace what FOLDER/request.json asks for; write FOLDER/module.mlir and FOLDER/traced.json."""
     folder = Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text())
-    source = read_source(request["model"], request["dtype"], request["quantization"])
+    source = read_source(request["model"], request["dtype"], request["quantization"], request["expert_parallel"])
     traced = trace_step(
         source,
         request["num_chips"],
