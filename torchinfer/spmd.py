@@ -133,12 +133,20 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, dim: int, num_chips: int) ->
 
 def placeholder(shape: tuple[int, ...], dtype: torch.dtype, dim: int, num_chips: int) -> Tensor:
     """As `zeros`, without memory: for programs that are compiled and do not run."""
-    import torch_xla.core.xla_builder as xla_builder
-
     sharding, whole = _placing(shape, dim, num_chips)
-    tensor = xla_builder.create_placeholder_tensor(tuple(whole), dtype)
+    tensor = local_placeholder(tuple(whole), dtype)
     _xlac()._xla_annotate_custom_sharding(tensor, sharding)
     return _tensor(tensor)
+
+
+def local_placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor on one chip without memory."""
+    import torch_xla.core.xla_builder as xla_builder
+
+    if dtype != torch.float8_e4m3fn:
+        return _tensor(xla_builder.create_placeholder_tensor(shape, dtype))
+    # Only that function's table of types lacks it in torch_xla 2.9.
+    return _tensor(_xlac()._xla_create_placeholder_tensor(xla_builder.mkshape("f8e4m3fn", shape).shape))
 
 
 def whole_shape(share: Sequence[int], dim: int, num_chips: int) -> torch.Size:

@@ -178,7 +178,7 @@ def _call(
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
             disable_bounds_checks=True,  # half of what it takes to start a copy; pages are ours, not a request's
         ),
-        cost_estimate=_cost(config, num_tokens, seen),
+        cost_estimate=_cost(config, num_tokens, table_shape[0], seen),
         name="ragged_paged_attention",
         interpret=interpret,
     )
@@ -190,20 +190,28 @@ def _pages_seen(config: KernelConfig, num_tokens: int, num_pages: int, num_rows:
     width = table_width
     if config.window is not None:
         width = min(width, -(-(config.window - 1) // PAGE_SIZE) + 1)
-    num_decodes = min(num_rows, num_tokens)
-    num_prefills = (num_tokens - num_decodes) // config.prefill_tokens
+    num_decodes, num_prefills = _query_blocks(config, num_tokens, num_rows)
     return min(num_decodes * width, num_pages - 1) + num_prefills * width
 
 
-def _cost(config: KernelConfig, num_tokens: int, num_pages_seen: int) -> pl.CostEstimate:
+def _query_blocks(config: KernelConfig, num_tokens: int, num_rows: int) -> tuple[int, int]:
+    """Of decodes and of prefills, if every row decodes and all other tokens are those of prompts."""
+    num_decodes = min(num_rows, num_tokens)
+    return num_decodes, (num_tokens - num_decodes) // config.prefill_tokens
+
+
+def _cost(config: KernelConfig, num_tokens: int, num_rows: int, num_pages_seen: int) -> pl.CostEstimate:
     """What the compiler is told, which knows nothing of the inside: pages that are fetched, queries and new tokens,
-    results; of each new token the group of tokens that is written back, and a page's scales."""
+    results; of each query block the groups of tokens that are written back, which may begin in the middle of one, and
+    a page's scales."""
     layout = config.layout
-    numbers = (config.query_heads + config.out_heads) * config.key_width
-    words = config.fresh_rows * LANES + (layout.group_rows + layout.scale_rows) * LANES
+    numbers = (config.query_heads + config.out_heads) * config.key_width + config.fresh_rows * LANES
+    num_decodes, num_prefills = _query_blocks(config, num_tokens, num_rows)
+    groups = num_decodes + num_prefills * (-(-config.prefill_tokens // layout.group_tokens) + 1)
+    changed = groups * layout.group_rows + (num_decodes + num_prefills) * layout.scale_rows
     scores = config.num_heads * PAGE_SIZE * num_pages_seen
     return pl.CostEstimate(
         flops=4 * scores * config.key_width,
         transcendentals=scores,
-        bytes_accessed=num_pages_seen * layout.page_bytes + num_tokens * 4 * (numbers + words),
+        bytes_accessed=num_pages_seen * layout.page_bytes + 4 * (num_tokens * numbers + changed * LANES),
     )

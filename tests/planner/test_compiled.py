@@ -33,6 +33,9 @@ FAMILIES = {
     "mixtral-8x7b": SMALL,
     "qwen3-30b-a3b": {**SMALL, "moe_intermediate_size": 256, "num_experts": 8, "num_experts_per_tok": 2},
 }
+WIDE = {"num_attention_heads": 16, "num_key_value_heads": 16}  # for as many chips
+# Inputs are bounded, which no kernel does: matrices stay as they are.
+FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
 KERNELS_OF_A_LAYER = 1 + 4 * 2  # attention; of each of four products one that makes integers of its inputs, and its own
 HBM = (
     "the compiler for v5e:1x1 refuses the program: RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of "
@@ -41,9 +44,9 @@ HBM = (
 VMEM = "Ran out of memory in memory space vmem. Used 140.00M of 128.00M vmem."
 
 
-def planned(models, name, accelerator="v5e", topology="1x1", **more):
+def planned(models, name, accelerator="v5e", topology="1x1", changes=None, **more):
     options = PlanOptions(
-        model=models.path(name, **FAMILIES[name]),
+        model=models.path(name, **FAMILIES[name] | (changes or {})),
         dtype="bfloat16",
         accelerator=accelerator,
         topology=topology,
@@ -102,6 +105,22 @@ def test_no_cache_is_copied_on_one_chip(models):
     program = compiled.aot.compile_hlo(traced.text, "v5e:1x1", donate=traced.donated)
     assert program.hlo.count("s32[9,264,128]{2,1,0:T(8,128)} parameter(") == 2
     assert "s32[9,264,128]{2,1,0:T(8,128)} copy(" not in program.hlo
+
+
+@pytest.mark.xla
+@pytest.mark.libtpu
+def test_matrices_of_e4m3_that_no_kernel_takes_compile_beside_a_cache_of_e4m3(models):
+    """What needs four matrices of a layer is in their own dtype among the arguments."""
+    from torchinfer.planner.trace import trace_step
+
+    changes = {**FAMILIES["llama-3-8b"], "quantization_config": FBGEMM}
+    source = read_source(models.path("llama-3-8b", **changes), "bfloat16", None)
+    traced = trace_step(source, 1, StepShape(16, 8, 1), torch.float8_e4m3fn, num_pages=9, page_size=128, num_cores=1)
+    header = next(line for line in traced.text.splitlines() if "func.func @main(" in line)
+    assert header.count("xf8E4M3FN>") == 2 * 4
+    assert traced.text.count("@tpu_custom_call") == 2
+    program = compiled.aot.compile_hlo(traced.text, "v5e:1x1", donate=traced.donated)
+    assert program.alias_bytes == 2 * 9 * 264 * 128 * 4
 
 
 @pytest.mark.slow
@@ -213,6 +232,54 @@ def test_a_batch_that_does_not_fit_is_refused(models, monkeypatch):
     most = found.placements[0].capacity.num_requests
     with pytest.raises(ConfigError, match=f"batch=1000000 does not fit v5e 1x1, which holds {most} requests"):
         compile_steps(found, options)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        (
+            {"batch": 33},
+            "batch=33 must not be more than max_num_batched_tokens=32, .*: lower the one or raise the other",
+        ),
+        (
+            {"max_num_batched_tokens": 1025},
+            "max_num_batched_tokens=1025 is more than .* context=128 .* at most 1024, or",
+        ),
+        ({"topology": "4x4"}, "topology='4x4' of v5e has 4 hosts, and an engine runs on the chips of one: use 2x4, "),
+    ],
+)
+def test_a_step_that_no_engine_runs_is_refused_before_anything_is_compiled(models, monkeypatch, given, rule):
+    def compiler(*args, **options):
+        raise AssertionError("nothing is compiled")
+
+    monkeypatch.setattr(compiled.aot, "compile_hlo", compiler)
+    found, options = planned(models, "llama-3-8b", changes=WIDE, **given)
+    with pytest.raises(ConfigError, match=rule):
+        compile_steps(found, options)
+
+
+def test_all_problems_of_a_step_are_told_at_once(models):
+    found, options = planned(
+        models, "llama-3-8b", topology="4x4", changes=WIDE, batch=10**6, max_num_batched_tokens=2000
+    )
+    with pytest.raises(ConfigError) as error:
+        compile_steps(found, options)
+    assert str(error.value).count("\n  - ") == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"context": 8193}, "context=8193 must be from 2 to the model's 8192 tokens"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0 must be at least 1"),
+        ({"compile_seconds": float("inf")}, "compile_seconds=inf must be a positive number"),
+        ({"topology": "3x3"}, "topology='3x3' does not exist; use one of v5e: 1x1, 2x2, "),
+    ],
+)
+def test_options_out_of_range_are_refused_with_the_rule(models, given, rule):
+    with pytest.raises(ConfigError, match=rule):
+        planned(models, "llama-3-8b", **given)
 
 
 def test_a_step_that_cannot_be_traced_in_time_says_so(models, monkeypatch):

@@ -12,14 +12,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torchinfer import aot
 from torchinfer.device import free_memory_bytes
-from torchinfer.errors import ConfigError, DeviceError, TorchinferError
+from torchinfer.errors import ConfigError, DeviceError, TorchinferError, raise_all
 from torchinfer.hbm_traffic import hbm_bytes
 from torchinfer.planner.kernels import StepKernel, step_kernels
 from torchinfer.planner.options import PlanOptions
@@ -123,7 +123,7 @@ def compile_steps(plan: Plan, options: PlanOptions) -> list[CompiledStep]:
     """Compile steps for each TPU topology that was chosen. A program that the compiler refuses is a result.
 
     Raises:
-        ConfigError: no TPU was planned for, or the batch does not fit.
+        ConfigError: no TPU was planned for, or with each step that the engine would not run.
         DeviceError: torch_xla or libtpu are missing, or of another version; or memory of this machine.
     """
     places = [speed.placement for speed in plan.speeds if speed.placement.accelerator.name in aot.CHIPS]
@@ -131,8 +131,41 @@ def compile_steps(plan: Plan, options: PlanOptions) -> list[CompiledStep]:
         raise ConfigError(
             f"--compile: the model fits no TPU that was asked for (accelerator={options.accelerator!r}); use v5e or v5p"
         )
+    raise_all(list(_problems(plan, options, places)), ConfigError, "cannot compile")
     _check_host()
     return [step for place in places for step in _compile_place(plan, options, place)]
+
+
+def _problems(plan: Plan, options: PlanOptions, places: Sequence[Placement]) -> Iterator[str]:
+    most = MIN_REQUESTS * plan.context
+    if plan.chunk > most:
+        yield (
+            f"max_num_batched_tokens={plan.chunk} is more than the {MIN_REQUESTS} requests of a prefill step have, of "
+            f"context={plan.context} tokens: use at most {most}, or a longer context"
+        )
+    if options.batch is not None and options.batch > plan.chunk:
+        yield (
+            f"batch={options.batch} must not be more than max_num_batched_tokens={plan.chunk}, the most tokens of a "
+            "step: lower the one or raise the other"
+        )
+    for place in places:
+        assert place.capacity is not None
+        if place.topology.num_hosts > 1:
+            yield (
+                f"topology={place.topology.name!r} of {place.accelerator.name} has {place.topology.num_hosts} hosts, "
+                f"and an engine runs on the chips of one: use {_one_host(place)}, with a model that fits there "
+                "(fewer bits, --accelerator), or leave --compile out"
+            )
+        if options.batch is not None and options.batch > place.capacity.num_requests:
+            yield (
+                f"batch={options.batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
+                "ask for at most that"
+            )
+
+
+def _one_host(place: Placement) -> str:
+    """The largest topology of one host."""
+    return [each.name for each in place.accelerator.topologies if each.num_hosts == 1][-1]
 
 
 def _check_host() -> None:
@@ -150,9 +183,7 @@ def _check_host() -> None:
 def _compile_place(plan: Plan, options: PlanOptions, place: Placement) -> Iterator[CompiledStep]:
     assert place.capacity is not None and place.footprint is not None
     most = place.capacity.num_requests
-    batch = min(most, DEFAULT_BATCH) if options.batch is None else options.batch
-    if batch > most:
-        raise ConfigError(f"batch={batch} does not fit {place.name}, which holds {most} requests: ask for at most that")
+    batch = min(most, DEFAULT_BATCH, plan.chunk) if options.batch is None else options.batch
     width = -(-plan.context // place.footprint.page_size)
     requests = request_buckets(batch, place.topology.num_chips)
     for kind, tokens, rows in (("decode", batch, requests[-1]), ("prefill", plan.chunk, requests[0])):

@@ -186,8 +186,8 @@ def _problems(options: PlanOptions, config: ModelConfig, cache_dtype: torch.dtyp
         yield from _page_problems(options, config, cache_dtype)
     if options.batch is not None and options.batch < 1:
         yield f"batch={options.batch} must be at least 1"
-    if not options.compile_seconds > 0:
-        yield f"compile_seconds={options.compile_seconds} must be positive"
+    if not 0 < options.compile_seconds < math.inf:
+        yield f"compile_seconds={options.compile_seconds} must be a positive number, seconds for each program"
     if options.topology is not None:
         yield from _topology_problems(options, options.topology, config)
 

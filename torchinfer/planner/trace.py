@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch_xla
-import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xla_model
 from torch import Tensor, nn
 
@@ -83,7 +82,9 @@ def trace_step(
     pages = kernel_pages(config, cache_dtype, num_cores)
 
     def place(share: tuple[int, ...], dtype: torch.dtype, dim: int = STACKED) -> Tensor:
-        return _placeholder(share, dtype) if num_chips == 1 else spmd.placeholder(share, dtype, dim, num_chips)
+        return (
+            spmd.local_placeholder(share, dtype) if num_chips == 1 else spmd.placeholder(share, dtype, dim, num_chips)
+        )
 
     caches = [make_layer(config, num_pages, page_size, cache_dtype, pages, place) for _ in range(config.num_layers)]
     tensors = [tensor for cache in caches for tensor in cache.tensors]
@@ -143,11 +144,6 @@ def cache_arguments(text: str, caches: Sequence[str]) -> tuple[int, ...]:
     return found
 
 
-def _placeholder(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    tensor: Tensor = xla_builder.create_placeholder_tensor(shape, dtype)
-    return tensor
-
-
 def _give_dtype(model: Decoder, dtype: torch.dtype) -> None:
     """To all parameters, which have no memory."""
     for module in model.modules():
@@ -159,16 +155,23 @@ def _fill(model: Decoder) -> None:
     """Placeholders in place of parameters and quantized matrices; constants, such as frequencies, are moved."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = _placeholder(tuple(parameter.shape), parameter.dtype)
+            value = spmd.local_placeholder(tuple(parameter.shape), parameter.dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             is_constant = not buffer.is_meta
-            value = buffer.to(torch_xla.device()) if is_constant else _placeholder(tuple(buffer.shape), buffer.dtype)
+            value = (
+                buffer.to(torch_xla.device())
+                if is_constant
+                else spmd.local_placeholder(tuple(buffer.shape), buffer.dtype)
+            )
             setattr(module, name, value)
         for name in getattr(module, "MATRICES", ()):
             matrix = getattr(module, name)
             if not isinstance(matrix, nn.Module | nn.Parameter):  # packed for the TPU's kernel
-                fields = {field: _placeholder(tuple(each.shape), each.dtype) for field, each in matrix.tensors.items()}
+                fields = {
+                    field: spmd.local_placeholder(tuple(each.shape), each.dtype)
+                    for field, each in matrix.tensors.items()
+                }
                 setattr(module, name, replace(matrix, **fields))
 
 
