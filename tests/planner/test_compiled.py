@@ -260,7 +260,7 @@ def test_a_step_that_no_engine_runs_is_refused_before_anything_is_compiled(model
 
 def test_all_problems_of_a_step_are_told_at_once(models):
     found, options = planned(
-        models, "llama-3-8b", topology="4x4", changes=WIDE, batch=10**6, max_num_batched_tokens=2000
+        models, "llama-3-8b", topology="4x4", changes=WIDE, batch=10**6, max_num_batched_tokens=3000
     )
     with pytest.raises(ConfigError) as error:
         compile_steps(found, options)

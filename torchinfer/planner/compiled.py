@@ -137,30 +137,34 @@ def compile_steps(plan: Plan, options: PlanOptions) -> list[CompiledStep]:
 
 
 def _problems(plan: Plan, options: PlanOptions, places: Sequence[Placement]) -> Iterator[str]:
-    most = MIN_REQUESTS * plan.context
-    if plan.chunk > most:
-        yield (
-            f"max_num_batched_tokens={plan.chunk} is more than the {MIN_REQUESTS} requests of a prefill step have, of "
-            f"context={plan.context} tokens: use at most {most}, or a longer context"
-        )
     if options.batch is not None and options.batch > plan.chunk:
         yield (
             f"batch={options.batch} must not be more than max_num_batched_tokens={plan.chunk}, the most tokens of a "
             "step: lower the one or raise the other"
         )
     for place in places:
-        assert place.capacity is not None
-        if place.topology.num_hosts > 1:
-            yield (
-                f"topology={place.topology.name!r} of {place.accelerator.name} has {place.topology.num_hosts} hosts, "
-                f"and an engine runs on the chips of one: use {_one_host(place)}, with a model that fits there "
-                "(fewer bits, --accelerator), or leave --compile out"
-            )
-        if options.batch is not None and options.batch > place.capacity.num_requests:
-            yield (
-                f"batch={options.batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
-                "ask for at most that"
-            )
+        yield from _place_problems(plan, options, place)
+
+
+def _place_problems(plan: Plan, options: PlanOptions, place: Placement) -> Iterator[str]:
+    assert place.capacity is not None
+    requests = request_buckets(1, place.topology.num_chips)[0]
+    if plan.chunk > requests * plan.context:
+        yield (
+            f"max_num_batched_tokens={plan.chunk} is more than the {requests} requests of a prefill step have, of "
+            f"context={plan.context} tokens: use at most {requests * plan.context}, or a longer context"
+        )
+    if place.topology.num_hosts > 1:
+        yield (
+            f"topology={place.topology.name!r} of {place.accelerator.name} has {place.topology.num_hosts} hosts, "
+            f"and an engine runs on the chips of one: use {_one_host(place)}, with a model that fits there "
+            "(fewer bits, --accelerator), or leave --compile out"
+        )
+    if options.batch is not None and options.batch > place.capacity.num_requests:
+        yield (
+            f"batch={options.batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
+            "ask for at most that"
+        )
 
 
 def _one_host(place: Placement) -> str:

@@ -52,7 +52,7 @@ COMPILED = (
 )
 KERNELS = ("kernel", "of", "calls", "MB", "memory's cycles", "bundles", "of memory", "ms, est.")
 COMPILED_NOTES = (
-    "compiled: one chip's program for the topology, by libtpu, with the collectives of tensor parallelism written in. "
+    "compiled: the engine's program for the topology, by libtpu. "
     "GB: the most at once of arguments, with the cache of so many requests of full length, and what is worked with; "
     "cache tokens: that fit if the work's part does not grow with the cache. GB moved: between the chip and its "
     "memory, counted in the compiled program, and how many times weights and cache of the requests that is; "
@@ -62,9 +62,9 @@ COMPILED_NOTES = (
     "kernels: MB that a call moves, as it states; VLIW bundles of a call, one a cycle at most, of loops times their "
     "rounds, branches that are not taken included. Below 1 of the memory's cycles the memory is the limit, above it "
     "the kernel; ms are those of all calls.",
-    "Experts are multiplied one after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the "
-    "pages of every token's request where there are no kernels (kernels/tpu/paged_attention.py): formulations for "
-    "correctness, which move far more than is needed.",
+    "Where there are no kernels (a float32 cache, a matrix in a scheme that stays as it is) experts are multiplied one "
+    "after the other under masks (kernels/tpu/grouped_matmul.py), and attention gathers the pages of every token's "
+    "request (kernels/tpu/paged_attention.py): formulations for correctness, which move far more than is needed.",
 )
 LANES = 128  # numbers in a row of a TPU's tile
 RULE = round(100 * WEIGHT_SHARE)
