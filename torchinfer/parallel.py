@@ -127,17 +127,20 @@ class DividedModel:
 
     def __post_init__(self) -> None:
         self.num_parameters = self.whole.num_parameters()
-        # The first token id of each chip's rows.
-        first_row = torch.arange(self.num_chips, dtype=torch.int32) * self.local.config.vocab_size
-        self.whole.embedding.first_row, self.local.embedding.first_row = first_row, first_row[:1]
+        self._number("embedding", "first_row", self.local.config.vocab_size)
         for name, module in self.local.named_modules():
             if isinstance(module, MoE) and module.config.num_chips > 1:
-                first = torch.arange(self.num_chips, dtype=torch.int32) * module.config.num_experts_here
-                self.whole.get_submodule(name).first_expert, module.first_expert = first, first[:1]
+                self._number(name, "first_expert", module.config.num_experts_here)
         tensors = tensors_of(self.whole)
         self.divisions = {
             name: _division(name, self, tensors[name], share) for name, share in tensors_of(self.local).items()
         }
+
+    def _number(self, module: str, buffer: str, size: int) -> None:
+        """Say of each chip where what it has begins, in a buffer: of each so many, one behind the other."""
+        first = torch.arange(self.num_chips, dtype=torch.int32) * size
+        setattr(self.whole.get_submodule(module), buffer, first)
+        setattr(self.local.get_submodule(module), buffer, first[:1])
 
     @property
     def share_bytes(self) -> int:
@@ -183,12 +186,12 @@ def local_config(config: ModelConfig, num_chips: int) -> ModelConfig:
     """The sizes of one chip's part."""
     moe = config.moe
     if moe is not None:
-        shared = moe.shared_intermediate_size
+        shared, among = moe.shared_intermediate_size, num_chips if moe.expert_parallel else 1
         moe = replace(
             moe,
-            intermediate_size=moe.intermediate_size // (1 if moe.expert_parallel else num_chips),
+            intermediate_size=moe.intermediate_size * among // num_chips,
             shared_intermediate_size=None if shared is None else shared // num_chips,
-            num_chips=num_chips if moe.expert_parallel else 1,
+            num_chips=among,
         )
     return replace(
         config,
@@ -230,14 +233,10 @@ def _inner_sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
     if moe is None or len(moe.layers) < config.num_layers:
         yield "intermediate_size", config.intermediate_size
     if moe is not None:
-        yield (
-            ("num_experts", moe.num_experts)
-            if moe.expert_parallel
-            else (
-                "the experts' intermediate_size",
-                moe.intermediate_size,
-            )
-        )
+        if moe.expert_parallel:
+            yield "num_experts", moe.num_experts
+        else:
+            yield "the experts' intermediate_size", moe.intermediate_size
         if moe.shared_intermediate_size is not None:
             yield "the shared expert's intermediate_size", moe.shared_intermediate_size
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchinfer.kernels.cpu.library import DTYPES, check, loaded, require
+from torchinfer.kernels.cpu.library import DTYPES, check, loaded, require, with_dense_rows
 from torchinfer.kernels.reference.layer_norm import layer_norm as reference
 
 
@@ -18,10 +18,10 @@ def layer_norm(
         return reference(x, weight, bias, epsilon)
     is_fit = weight.shape == bias.shape == x.shape[-1:] and weight.is_cpu and bias.is_cpu
     require(is_fit, "layer_norm takes x [..., D], weight and bias [D]", x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    held = rows, weight.contiguous(), bias.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    pointers = (tensor.data_ptr() for tensor in held)
-    check(loaded().torchinfer_cpu_layer_norm(*pointers, *rows.shape, rows.stride(0), epsilon, DTYPES[x.dtype]))
-    return held[-1]
+    rows = with_dense_rows(x.reshape(-1, x.shape[-1]))
+    weight, bias = weight.contiguous(), bias.contiguous()
+    result = torch.empty(x.shape, dtype=x.dtype)
+    pointers = rows.data_ptr(), weight.data_ptr(), bias.data_ptr(), result.data_ptr()
+    sizes = *rows.shape, rows.stride(0)
+    check(loaded().torchinfer_cpu_layer_norm(*pointers, *sizes, epsilon, DTYPES[x.dtype]))
+    return result

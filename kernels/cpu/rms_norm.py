@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torchinfer.kernels.cpu.library import DTYPES, check, loaded, require
+from torchinfer.kernels.cpu.library import DTYPES, check, loaded, require, with_dense_rows
 from torchinfer.kernels.reference.rms_norm import rms_norm as reference
 
 
@@ -16,9 +16,7 @@ def rms_norm(
     """See the door."""
     if x.dtype not in DTYPES or weight.dtype != x.dtype or not x.numel():
         return reference(x, weight, epsilon, offset)
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
+    rows = with_dense_rows(x.reshape(-1, x.shape[-1]))
     weight = weight.contiguous()
     require(weight.shape == x.shape[-1:] and weight.is_cpu, "rms_norm takes x [..., D] and weight [D]", x, weight)
     result = torch.empty(x.shape, dtype=x.dtype)

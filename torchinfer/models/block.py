@@ -38,12 +38,7 @@ class Block(Layer):
         self._fused_mlp: FusedMLP | None = None
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        kv_cache: KVCache,
-        batch: Batch,
-        rows: Tensor | None = None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch, rows: Tensor | None = None
     ) -> Tensor:
         """[T, hidden] -> [T, hidden], or with `rows` [N], int, the results of these tokens only, [N, hidden]."""
         if self._fused_attention is not None:

@@ -63,11 +63,12 @@ class Decoder(nn.Module):
         local_rope = rope if self.local_rope is None else self.local_rope(batch)
         x = self._embed(batch.tokens)
         moe = self.config.moe
-        is_early = moe is None or moe.mode == "dropless"  # capacities are shares of all tokens of a step
-        of_layers = [None] * (len(self.layers) - 1) + [rows if is_early else None]
+        # Capacities are shares of all tokens of a step.
+        of_last = rows if moe is None or moe.mode == "dropless" else None
+        of_layers = [None] * (len(self.layers) - 1) + [of_last]
         for block, kv_cache, window, wanted in zip(self.layers, kv_caches, self.config.windows, of_layers, strict=True):
             x = block(x, rope if window is None else local_rope, kv_cache, batch, wanted)
-        hidden: Tensor = self.norm(x if rows is None or is_early else x[rows])
+        hidden: Tensor = self.norm(x if of_last is rows else x[rows])
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

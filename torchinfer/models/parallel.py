@@ -22,12 +22,7 @@ class Block(Layer):
         self.is_parallel = config.norms_in_parallel > 0
 
     def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        kv_cache: KVCache,
-        batch: Batch,
-        rows: Tensor | None = None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv_cache: KVCache, batch: Batch, rows: Tensor | None = None
     ) -> Tensor:
         """[T, hidden] -> [T, hidden], or with `rows` [N], int, the results of these tokens only, [N, hidden]."""
         normed = self.attention_norm(x)

@@ -24,7 +24,8 @@ int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const voi
                               int32_t);
 int32_t torchinfer_cpu_attention(const Attention*);
 int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
-int32_t torchinfer_cpu_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, float, int32_t);
+int32_t torchinfer_cpu_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, float,
+                                  int32_t);
 int32_t torchinfer_cpu_sample(const Sample*);
 int32_t torchinfer_cpu_quantize(const Quantize*);
 }

@@ -14,8 +14,6 @@
 namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
-constexpr int64_t kLayerItemValues = 16384;
-
 // Parts of the memory between kernels.
 struct Parts {
     char* memory;
@@ -70,15 +68,13 @@ struct HeadsRun {
 };
 
 void rotate_and_write(Pool& threads, const AttentionLayer& task, const void* heads, void* query) {
-    const int64_t at_once = 1 + kLayerItemValues / task.qkv_size();
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         with_cache_dtype(task.cache_dtype, [&](auto* cache) {
             using Cache = std::remove_pointer_t<decltype(cache)>;
             const HeadsRun<T, Cache> heads_run = {task, static_cast<const T*>(heads), static_cast<T*>(query)};
-            parallel_ranges(threads, task.step->tokens, at_once, [&](int64_t token, int64_t end) {
-                for (; token < end; ++token) heads_run.run(token);
-            });
+            parallel_rows(threads, task.step->tokens, task.qkv_size(),
+                          [&](int64_t token) { heads_run.run(token); });
         });
     });
 }
@@ -87,7 +83,7 @@ void rotate_and_write(Pool& threads, const AttentionLayer& task, const void* hea
 void add_values(Pool& threads, const void* a, const void* b, void* y, int64_t count, int32_t dtype) {
     with_dtype(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        parallel_ranges(threads, count, kLayerItemValues, [&](int64_t i, int64_t end) {
+        parallel_ranges(threads, count, kItemValues, [&](int64_t i, int64_t end) {
             for (; i < end; i += 16) {
                 const F first_value = load_some(static_cast<const T*>(a) + i, end - i);
                 const F second_value = load_some(static_cast<const T*>(b) + i, end - i);

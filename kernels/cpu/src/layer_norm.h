@@ -8,8 +8,6 @@
 namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
-constexpr int64_t kLayerNormItemValues = 16384;  // fewer are not worth waking another thread
-
 template <class T>
 inline void layer_norm_row(const T* x, T* y, const LayerNorm& task) {
     const int64_t columns = task.columns, whole = columns / 16 * 16;
@@ -27,19 +25,17 @@ inline void layer_norm_row(const T* x, T* y, const LayerNorm& task) {
     const T *const weight = static_cast<const T*>(task.weight), *const bias = static_cast<const T*>(task.bias);
     for (int64_t i = 0; i < columns; i += 16) {
         const F value = mul(sub(load_some(x + i, columns - i), mean), factor);
-        store_some(y + i, fma(value, load_some(weight + i, columns - i), load_some(bias + i, columns - i)), columns - i);
+        const F gain = load_some(weight + i, columns - i), offset = load_some(bias + i, columns - i);
+        store_some(y + i, fma(value, gain, offset), columns - i);
     }
 }
 
 void layer_norm(Pool& threads, const LayerNorm& task) {
-    const int64_t rows_at_once = 1 + kLayerNormItemValues / (task.columns + 1);
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        parallel_ranges(threads, task.rows, rows_at_once, [&](int64_t row, int64_t end) {
-            for (; row < end; ++row) {
-                layer_norm_row(static_cast<const T*>(task.x) + row * task.stride,
-                               static_cast<T*>(task.y) + row * task.columns, task);
-            }
+        parallel_rows(threads, task.rows, task.columns, [&](int64_t row) {
+            layer_norm_row(static_cast<const T*>(task.x) + row * task.stride,
+                           static_cast<T*>(task.y) + row * task.columns, task);
         });
     });
 }

@@ -86,4 +86,14 @@ void parallel_ranges(Pool& threads, int64_t count, int64_t at_once, const Body& 
     });
 }
 
+constexpr int64_t kItemValues = 16384;  // fewer numbers are not worth waking another thread
+
+// Rows of `columns` numbers: body(row).
+template <class Body>
+void parallel_rows(Pool& threads, int64_t rows, int64_t columns, const Body& body) {
+    parallel_ranges(threads, rows, 1 + kItemValues / columns, [&](int64_t row, int64_t end) {
+        for (; row < end; ++row) body(row);
+    });
+}
+
 }  // namespace torchinfer

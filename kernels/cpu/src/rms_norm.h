@@ -8,8 +8,6 @@
 namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
-constexpr int64_t kRmsNormItemValues = 16384;  // fewer are not worth waking another thread
-
 template <class T>
 inline void rms_norm_row(const T* x, const T* weight, T* y, const RmsNorm& task) {
     const int64_t columns = task.columns;
@@ -28,21 +26,13 @@ inline void rms_norm_row(const T* x, const T* weight, T* y, const RmsNorm& task)
     }
 }
 
-template <class T>
-void rms_norm_rows(Pool& threads, const RmsNorm& task) {
-    const int64_t rows_at_once = 1 + kRmsNormItemValues / (task.columns + 1);
-    parallel_ranges(threads, task.rows, rows_at_once, [&](int64_t row, int64_t end) {
-        for (; row < end; ++row) {
-            rms_norm_row(static_cast<const T*>(task.x) + row * task.stride, static_cast<const T*>(task.weight),
-                         static_cast<T*>(task.y) + row * task.columns, task);
-        }
-    });
-}
-
 void rms_norm(Pool& threads, const RmsNorm& task) {
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        rms_norm_rows<T>(threads, task);
+        parallel_rows(threads, task.rows, task.columns, [&](int64_t row) {
+            rms_norm_row(static_cast<const T*>(task.x) + row * task.stride, static_cast<const T*>(task.weight),
+                         static_cast<T*>(task.y) + row * task.columns, task);
+        });
     });
 }
 

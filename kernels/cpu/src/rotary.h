@@ -8,7 +8,6 @@
 namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
-constexpr int64_t kRotaryItemValues = 16384;
 
 inline F turned_first(F first, F second, F cosine, F sine) { return sub(mul(first, cosine), mul(second, sine)); }
 inline F turned_second(F first, F second, F cosine, F sine) { return fma(first, sine, mul(second, cosine)); }
@@ -67,12 +66,10 @@ inline void rotate_token(const Rotary& task, int64_t token) {
 }
 
 void rotary(Pool& threads, const Rotary& task) {
-    const int64_t at_once = 1 + kRotaryItemValues / (task.heads * task.head_size);
     with_dtype(task.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        parallel_ranges(threads, task.tokens, at_once, [&](int64_t token, int64_t end) {
-            for (; token < end; ++token) rotate_token<T>(task, token);
-        });
+        parallel_rows(threads, task.tokens, task.heads * task.head_size,
+                      [&](int64_t token) { rotate_token<T>(task, token); });
     });
 }
 

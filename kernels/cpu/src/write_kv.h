@@ -9,8 +9,6 @@
 namespace torchinfer::TORCHINFER_LEVEL {
 namespace {
 
-constexpr int64_t kWriteItemValues = 16384;
-
 template <class T>
 inline void put_row(const T* x, T* target, int64_t size, float*) {
     __builtin_memcpy(target, x, static_cast<size_t>(size) * sizeof(T));
@@ -50,7 +48,7 @@ void write_rows(Pool& threads, const WriteKv& task) {
                     task.scale == nullptr ? nullptr : task.scale + row);
         }
     };
-    if (task.tokens * task.head_size * task.kv_heads * 2 < kWriteItemValues) {
+    if (task.tokens * task.head_size * task.kv_heads * 2 < kItemValues) {
         for (int64_t index = 0; index < 2 * task.kv_heads; ++index) write_head(index, 0);
     } else {
         parallel_for(threads, 2 * task.kv_heads, write_head);
