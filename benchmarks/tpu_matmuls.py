@@ -37,6 +37,7 @@ FORMATS = {  # numbers, inputs that share a scale (0: all), planes of inputs
     "int4": ("int4", 128, 2),
     "int4_g64": ("int4", 64, 2),
     "int4_g32": ("int4", 32, 2),
+    "int4_w4a8": ("int4", 128, 1),
     "fp8": ("float8_e4m3fn", 0, 1),
     "bfloat16": ("bfloat16", 0, 1),
 }

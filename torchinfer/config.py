@@ -12,7 +12,10 @@ from torchinfer.errors import ConfigError, raise_all
 DEVICES = ("auto", "cpu", "cuda", "xla")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8")
-SCHEMES = ("int8", "int8_w8a8", "fp8", "fp8_w8a8", "fp8_block", "int4", "int4_g64", "int4_g32")  # and none
+SCHEMES = (  # and none
+    *("int8", "int8_w8a8", "fp8", "fp8_w8a8", "fp8_block"),
+    *("int4", "int4_g64", "int4_g32", "int4_w4a8"),
+)
 MOE_MODES = ("dropless", "capacity")
 
 SMALLEST_LOAD_MEMORY = 32 << 20  # a few readers with some MiB each

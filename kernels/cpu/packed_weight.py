@@ -84,9 +84,10 @@ def can_prepare(weight: Tensor | QuantizedWeight) -> bool:
 
 
 def _is_rounded_alike(weight: QuantizedWeight) -> bool:
-    """Integers times integers, or e4m3fn times e4m3fn."""
-    is_float = weight.values.dtype == torch.float8_e4m3fn
-    return is_float == (weight.activations == "fp8") and weight.scale.shape[-1] == 1
+    """Integers times integers, or e4m3fn times e4m3fn without groups."""
+    if weight.values.dtype == torch.float8_e4m3fn:
+        return weight.activations == "fp8" and weight.scale.shape[-1] == 1
+    return weight.activations == "int8"
 
 
 def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PackedWeight | None:

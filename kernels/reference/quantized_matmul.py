@@ -1,7 +1,8 @@
 """Products with quantized matrices in plain PyTorch, on any device, with shapes that depend on no value.
 
 Weight-only: int8 and float8 numbers are exact in bfloat16 and float32, so a scale of a whole output is applied to the
-product. With quantized activations the integers are multiplied exactly and summed in int32 (arXiv 2208.07339).
+product. With quantized activations the integers are multiplied exactly and summed in int32 (arXiv 2208.07339); where
+groups of inputs have scales of their own, they are sums of float32.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def quantized_matmul(
     if weight.input_scale is not None and len(weight.part_rows) > 1:
         return torch.cat([quantized_matmul(x, part) for part in weight.parts()], 1)
     numbers, input_scale = quantize_rows(x, DTYPES[weight.activations], weight.input_scale)
+    if weight.scale.shape[1] > 1 or weight.values.dtype == torch.uint8:
+        return (functional.linear(numbers.float(), dequantize(weight)) * input_scale[:, None]).to(x.dtype)
     if weight.activations == "int8":
         product = _integer_product(numbers, weight.values).float()
     else:

@@ -64,7 +64,7 @@ def can_prepare(weight: Tensor | QuantizedWeight) -> bool:
     is_known = values.dtype in NAMES and weight.group_index is None
     is_known &= weight.zero is None or values.ndim == 2
     is_known &= weight.input_scale is None or (values.ndim == 2 and weight.input_scale.shape == (1,))
-    is_known &= weight.activations in ("none", {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}.get(values.dtype))
+    is_known &= weight.activations in ("none", "fp8" if values.dtype == torch.float8_e4m3fn else "int8")
     return is_known and (weight.scale.shape[-1] == 1 or group % LANES == 0 or group in SMALL_GROUPS)
 
 

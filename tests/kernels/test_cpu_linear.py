@@ -84,7 +84,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(level, num_threads, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4_g32"])
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4_g32", "int4_w4a8"])
 def test_a_row_of_planes_has_the_same_bits_alone_and_among_others(level, name, dtype):
     x, prepared = make_input(9, 384, dtype), prepare(make_weight(name, 70, 384))
     alone = torch.cat([linear(row[None], prepared, None) for row in x])

@@ -56,6 +56,7 @@ def tolerance(weight: QuantizedWeight, dtype: torch.dtype) -> torch.dtype:
         ("int4", torch.float32),
         ("fp8_block", torch.float32),
         ("int8_w8a8", torch.float32),
+        ("int4_w4a8", torch.bfloat16),
         ("fp8_w8a8", torch.bfloat16),
     ],
 )

@@ -122,7 +122,7 @@ def test_zeros_and_the_order_of_groups_by_hand() -> None:
 
 @pytest.mark.parametrize("port", [grouped_reference, grouped_static])
 @pytest.mark.parametrize("sizes", [[3, 0, 5], [0, 0, 0], [8, 0, 0], [1, 2, 0]])
-@pytest.mark.parametrize("name", ["int8", "int8_w8a8", "fp8_block", "int4"])
+@pytest.mark.parametrize("name", ["int8", "int8_w8a8", "fp8_block", "int4", "int4_w4a8"])
 def test_experts_equal_each_expert_alone(name: str, sizes: list[int], port) -> None:
     experts = [random_weight(name, 6, 128, seed) for seed in range(3)]
     stacked = replace(
@@ -142,5 +142,6 @@ def test_experts_equal_each_expert_alone(name: str, sizes: list[int], port) -> N
 @pytest.mark.parametrize("name", SCHEMES)
 def test_traces_without_graph_breaks(name: str) -> None:
     weight, x = random_weight(name, 6, 128), random_input(4, 128)
+    torch._dynamo.reset()  # there are more schemes than a function may be compiled for
     compiled = torch.compile(quantized_matmul, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, weight), quantized_matmul(x, weight))

@@ -75,7 +75,7 @@ class Scheme:
                 f"parts of {', '.join(map(str, part_rows))} outputs are merged, and {self.row_block} outputs share a "
                 "scale: all but the last must be multiples of it; use fp8"
             )
-        if self.activations == "int8" and columns > MAX_INT8_COLUMNS:
+        if self.activations == "int8" and min(columns, self.column_block or columns) > MAX_INT8_COLUMNS:
             found.append(f"{columns} inputs may overflow int32, which holds {MAX_INT8_COLUMNS} of them: use int8")
         return found
 
@@ -110,8 +110,8 @@ class Scheme:
         )
 
 
-def _int4(name: str, group: int) -> Scheme:
-    return Scheme(name=name, values=torch.uint8, column_block=group)
+def _int4(name: str, group: int, activations: str = "none") -> Scheme:
+    return Scheme(name=name, values=torch.uint8, column_block=group, activations=activations)
 
 
 # Name -> scheme, of those that a checkpoint can be quantized to while it is loaded.
@@ -126,5 +126,6 @@ SCHEMES = {
         _int4("int4", 128),
         _int4("int4_g64", 64),
         _int4("int4_g32", 32),
+        _int4("int4_w4a8", 128, "int8"),
     )
 }

@@ -1,7 +1,7 @@
 """The compressed-tensors format: what a matrix becomes in a file, and what config.json says about it.
 
     pack-quantized    whole numbers of 4 or 8 bits, plus half of their range, in words of 32 bits, the first one lowest
-    int-quantized     int8, for layers that round their inputs to int8 too
+    int-quantized     int8, for layers that round their inputs to int8 too; numbers of 4 bits take a byte each
     float-quantized   float8_e4m3fn
 
 Scales stay float32, as they are held here. Source: https://github.com/vllm-project/compressed-tensors
@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchinfer.quantization import Scheme
+from torchinfer.quantization.formats.unpack import unpack_words
+from torchinfer.quantized_weight import NIBBLE_ZERO
 
 WORD_BYTES = 4  # of int32, which the packed formats are made of
 SIGN_BIT = 0x80  # 8 bits plus half of their range: the highest one is the other way round
@@ -53,7 +55,8 @@ def stored_as(name: str, shape: Sequence[int], scheme: Scheme) -> list[Stored]:
     specs = scheme.tensors(rows, columns)
     scale = Stored(f"{layer}.weight_scale", torch.float32, specs["scale"].shape, scheme.row_block)
     if format_of(scheme) != "pack-quantized":
-        return [Stored(name, scheme.values, (rows, columns)), scale]
+        dtype = torch.int8 if scheme.values == torch.uint8 else scheme.values
+        return [Stored(name, dtype, (rows, columns)), scale]
     width = -(-specs["values"].shape[1] // WORD_BYTES)
     size = torch.tensor([rows, columns], dtype=torch.int64)
     return [
@@ -66,6 +69,8 @@ def stored_as(name: str, shape: Sequence[int], scheme: Scheme) -> list[Stored]:
 def encode(packed: Mapping[str, Tensor], scheme: Scheme) -> list[Tensor]:
     """What `scheme.pack` gave, as the tensors of `stored_as` hold it, without the constant ones."""
     values, scale = packed["values"], packed["scale"]
+    if format_of(scheme) == "int-quantized" and values.dtype == torch.uint8:
+        return [unpack_words(values, 4).view(torch.int8) - NIBBLE_ZERO, scale]
     if format_of(scheme) != "pack-quantized":
         return [values, scale]
     if values.dtype == torch.int8:
@@ -107,7 +112,7 @@ def _group(scheme: Scheme) -> dict[str, Any]:
         weights |= {"strategy": "group", "group_size": scheme.column_block}
     inputs = None
     if scheme.activations != "none":
-        inputs = {**_numbers(kind, bits, is_dynamic=True), "strategy": "token", "group_size": None}
+        inputs = {**_numbers(kind, 8, is_dynamic=True), "strategy": "token", "group_size": None}
     return {"format": format_of(scheme), "weights": weights, "input_activations": inputs, "output_activations": None}
 
 

@@ -54,6 +54,20 @@ struct Segment {
     int64_t expert, first, rows;  // `first` counts from the pass's first row
 };
 
+// Rows cut into tiles that differ by one row at most: a tile of few rows takes longer than its share. A run of these tiles
+// is cut in the same way as all are.
+struct Tiles {
+    int64_t rows, count;
+
+    int64_t row_of(int64_t index) const { return rows / count * index + (index < rows % count ? index : rows % count); }
+    int64_t rows_of(int64_t index) const { return row_of(index + 1) - row_of(index); }
+    // The tile that row `row` is in.
+    int64_t tile_of(int64_t row) const {
+        const int64_t fewer = rows / count, larger = rows % count * (fewer + 1);
+        return row < larger ? row / (fewer + 1) : rows % count + (row - larger) / fewer;
+    }
+};
+
 // Memory of a pass.
 struct Scratch {
     uint8_t* inputs;
@@ -84,8 +98,9 @@ class Pass {
         // A tile's rows lie side by side in the same lines of the cache: one thread writes them all.
         const auto split_tile = [&](int64_t row, int) {
             const Segment& segment = segment_of(row);
-            if ((row - segment.first) % kRows != 0) return;
-            const int64_t left = segment.first + segment.rows - row, rows = left < kRows ? left : kRows;
+            const Tiles tiles = tiles_of(segment.rows);
+            const int64_t index = tiles.tile_of(row - segment.first), rows = tiles.rows_of(index);
+            if (segment.first + tiles.row_of(index) != row) return;
             with_dtype(task_.dtype, [&](auto* type) {
                 using T = std::remove_pointer_t<decltype(type)>;
                 const T* const x = static_cast<const T*>(task_.x) + (first_row_ + row) * task_.stride;
@@ -153,37 +168,39 @@ class Pass {
 
     // Blocks of outputs, or of gates with those of what they are multiplied with.
     void compute_run(const Segment& segment, int64_t first, int64_t last, const uint8_t* next) const {
-        const int64_t end = segment.first + segment.rows, tiles = tiles_of(segment.rows);
-        const int64_t at_once = task_.is_gated && tiles < kTilesAtOnce ? kTilesAtOnce / tiles : 1;
+        const Tiles tiles = tiles_of(segment.rows);
+        const int64_t at_once = task_.is_gated && tiles.count < kTilesAtOnce ? kTilesAtOnce / tiles.count : 1;
         for (int64_t block = first; block < last; block += at_once) {
             const int64_t count = last - block < at_once ? last - block : at_once;
             const uint8_t* const following = block + count < last ? values_of(segment.expert, block + count) : next;
-            for (int64_t row = segment.first; row < end; row += kTilesAtOnce * kRows) {
-                const int64_t rows = end - row < kTilesAtOnce * kRows ? end - row : kTilesAtOnce * kRows;
+            for (int64_t tile = 0; tile < tiles.count; tile += kTilesAtOnce) {
+                const int64_t end = tile + kTilesAtOnce < tiles.count ? tile + kTilesAtOnce : tiles.count;
+                const int64_t row = segment.first + tiles.row_of(tile);
+                const Tiles some = {tiles.row_of(end) - tiles.row_of(tile), end - tile};
                 if (task_.is_gated) {
-                    compute_gated(segment.expert, block, count, row, rows, following);
+                    compute_gated(segment.expert, block, count, row, some, following);
                 } else {
                     const int64_t outputs = weight_.outputs;
                     const Store store = {task_.y, task_.bias, task_.residual, outputs, outputs, task_.dtype};
-                    compute_tiles(tile_of(segment.expert, block), block, row, rows, following, store);
+                    compute_tiles(tile_of(segment.expert, block), block, row, some, following, store);
                 }
             }
         }
     }
 
-    // Gates and what they are multiplied with are rounded, as if they were written out. count * rows: at most those of
-    // kTilesAtOnce tiles.
-    void compute_gated(int64_t expert, int64_t block, int64_t count, int64_t row, int64_t rows,
+    // Gates and what they are multiplied with are rounded, as if they were written out. count * tiles: at most
+    // kTilesAtOnce.
+    void compute_gated(int64_t expert, int64_t block, int64_t count, int64_t row, Tiles tiles,
                        const uint8_t* next) const {
         alignas(64) char both[kTilesAtOnce * kRows * 2 * kBlock * 4];  // [count][rows][2][64]
-        const int64_t bytes = size_of(task_.dtype), part_bytes = rows * 2 * kBlock * bytes;
+        const int64_t rows = tiles.rows, bytes = size_of(task_.dtype), part_bytes = rows * 2 * kBlock * bytes;
         for (int64_t i = 0; i < 2 * count; ++i) {
             const int64_t half = i / count, index = i % count, part = half * items_ + block + index;
             const Store store = {both + index * part_bytes, task_.bias, nullptr, weight_.outputs, 2 * kBlock,
                                  task_.dtype, first_row_ + row, (part - half) * kBlock};
             const uint8_t* const behind = half == 0 ? values_of(expert, items_ + block) : next;
             const uint8_t* const following = index + 1 < count ? values_of(expert, part + 1) : behind;
-            compute_tiles(tile_of(expert, part), part, row, rows, following, store);
+            compute_tiles(tile_of(expert, part), part, row, tiles, following, store);
         }
         const int64_t columns = weight_.outputs / 2;
         for (int64_t index = 0; index < count; ++index) {
@@ -212,32 +229,27 @@ class Pass {
     }
 
     // Chunk by chunk, so that the tiles after the first find the weights in the first cache.
-    void compute_tiles(Tile tile, int64_t block, int64_t first_row, int64_t num_rows, const uint8_t* next,
+    void compute_tiles(Tile tile, int64_t block, int64_t first_row, Tiles tiles, const uint8_t* next,
                        const Store& put) const {
         alignas(64) float results[kTilesAtOnce][kRows * kBlock];
         alignas(64) char carried[kTilesAtOnce][kRows * kPlanes * kBlock * 4];
-        const int64_t num_tiles = tiles_of(num_rows);
         Chunk chunk = {0, 0, 0, 0};
-        while (next_chunk(tile, num_tiles, chunk)) {
-            for (int64_t index = 0; index < num_tiles; ++index) {
-                const int64_t row = first_row + index * kRows;
+        while (next_chunk(tile, tiles.count, chunk)) {
+            for (int64_t index = 0; index < tiles.count; ++index) {
+                const int64_t row = first_row + tiles.row_of(index);
                 tile.inputs = scratch_.inputs + row * kPlanes * row_bytes_;
                 tile.sums = scratch_.sums + row * kPlanes * groups_;
                 tile.row_scale = scratch_.row_scale + row;
-                tile.prefetch = plan_prefetch(tile, chunk, next, index, num_rows);
-                compute_rows<kRows>(rows_of(num_rows, index), tile, chunk, carried[index], results[index]);
+                tile.prefetch = plan_prefetch(tile, chunk, next, index, tiles);
+                compute_rows<kRows>(tiles.rows_of(index), tile, chunk, carried[index], results[index]);
             }
         }
-        for (int64_t index = 0; index < num_tiles; ++index) {
-            put(results[index], first_row_ + first_row + index * kRows, rows_of(num_rows, index), block);
+        for (int64_t index = 0; index < tiles.count; ++index) {
+            put(results[index], first_row_ + first_row + tiles.row_of(index), tiles.rows_of(index), block);
         }
     }
 
-    static int64_t tiles_of(int64_t num_rows) { return (num_rows + kRows - 1) / kRows; }
-
-    static int64_t rows_of(int64_t num_rows, int64_t index) {
-        return num_rows - index * kRows < kRows ? num_rows - index * kRows : kRows;
-    }
+    static Tiles tiles_of(int64_t num_rows) { return {num_rows, (num_rows + kRows - 1) / kRows}; }
 
     // False after the last one. A tile that is alone takes all at once.
     static bool next_chunk(const Tile& tile, int64_t num_tiles, Chunk& chunk) {
@@ -261,21 +273,20 @@ class Pass {
     // their way at once than of ours. Where a block is used by several tiles, these fetch the next chunk meanwhile, each as
     // much of it as it has rows, so that memory is busy all the while that they compute.
     Prefetch plan_prefetch(const Tile& tile, const Chunk& chunk, const uint8_t* next, int64_t index,
-                           int64_t num_rows) const {
-        const int64_t num_tiles = tiles_of(num_rows);
-        if (num_rows * kPlanes <= kFewLanes) return {};
+                           Tiles tiles) const {
+        if (tiles.rows * kPlanes <= kFewLanes) return {};
         constexpr int kBurst = kStepsAtOnce * Format::kStepBytes / kLine;
         const int64_t ahead = kPrefetchAhead < block_bytes_ ? kPrefetchAhead : block_bytes_;
-        if (num_tiles == 1) return {tile.values + ahead, tile.values + block_bytes_, next, kBurst, true};
+        if (tiles.count == 1) return {tile.values + ahead, tile.values + block_bytes_, next, kBurst, true};
         const int64_t steps = (chunk.group_end - chunk.group - 1) * tile.steps + chunk.step_end - chunk.step;
         const int64_t done = (chunk.group_end - 1) * tile.steps + chunk.step_end, bytes = steps * Format::kStepBytes;
         const bool is_last = done == tile.groups * tile.steps;
         const uint8_t* const start = is_last ? next : tile.values + done * Format::kStepBytes;
         if (start == nullptr) return {};
-        const int64_t before = index * kRows, rows = rows_of(num_rows, index);
-        const int64_t from = before * bytes / num_rows / kLine * kLine;
-        const int64_t end = index + 1 == num_tiles ? bytes : (before + rows) * bytes / num_rows / kLine * kLine;
-        const int lines = static_cast<int>((kBurst * rows + num_rows - 1) / num_rows);
+        const int64_t rows = tiles.rows_of(index), from = tiles.row_of(index) * bytes / tiles.rows / kLine * kLine;
+        const int64_t behind = tiles.row_of(index + 1) * bytes / tiles.rows;
+        const int64_t end = index + 1 == tiles.count ? bytes : behind / kLine * kLine;
+        const int lines = static_cast<int>((kBurst * rows + tiles.rows - 1) / tiles.rows);
         return {start + from, start + end, nullptr, lines, false};
     }
 

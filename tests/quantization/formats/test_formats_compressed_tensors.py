@@ -42,6 +42,9 @@ STATIC = {"strategy": "tensor", "dynamic": False}
 WITH_INPUTS = {
     "int8": ("int-quantized", {**INT8, "strategy": "channel"}, {**INT8, **TOKEN}),
     "int8 tensor": ("int-quantized", {**INT8, "strategy": "tensor"}, {**INT8, **TOKEN}),
+    "int4": ("int-quantized", {**INT4, "strategy": "channel"}, {**INT8, **TOKEN}),
+    "int4 groups": ("int-quantized", {**INT4, **GROUP}, {**INT8, **TOKEN}),
+    "int8 groups": ("int-quantized", {**INT8, **GROUP}, {**INT8, **TOKEN}),
     "int8 static": ("int-quantized", {**INT8, "strategy": "channel"}, {**INT8, **STATIC}),
     "fp8": ("float-quantized", {**FP8, "strategy": "channel"}, {**FP8, **TOKEN}),
     "fp8 static": ("float-quantized", {**FP8, "strategy": "tensor"}, {**FP8, **STATIC}),

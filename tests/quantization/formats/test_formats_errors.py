@@ -24,6 +24,7 @@ from torchinfer.testing import assert_close
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+STATIC = {**INPUTS, "strategy": "tensor", "dynamic": False}
 GROUP = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": INPUTS, "output_activations": None}
 SETTINGS: dict[str, Any] = {
     "quant_method": "compressed-tensors",
@@ -77,11 +78,10 @@ def test_a_scale_that_is_none_is_named_with_its_value(int8, value):
 
 
 def test_an_input_scale_that_is_none_is_named(int8):
-    inputs = {**INPUTS, "strategy": "tensor", "dynamic": False}
     for layer in int8.numbers:
         int8.tensors[f"{layer}.input_scale"] = torch.tensor([0.1])
     int8.tensors["model.layers.0.mlp.down_proj.input_scale"] = torch.tensor([0.0])
-    assert "model.layers.0.mlp.down_proj.input_scale" in refusal(int8, with_group(input_activations=inputs))
+    assert "model.layers.0.mlp.down_proj.input_scale" in refusal(int8, with_group(input_activations=STATIC))
 
 
 def test_quantizing_what_comes_quantized_is_refused(int8):
@@ -164,11 +164,11 @@ def test_zero_points_of_symmetric_weights_must_be_zeros(int8):
         ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups.W4A16=['Linear']"),
         ({"ignore": "lm_head"}, "ignore='lm_head'"),
         ({"magic": 3}, "magic=3"),
-        (with_group(weights={**WEIGHTS, "num_bits": 4}), "config_groups.group_0.weights.num_bits=4"),
+        (with_group(weights={**WEIGHTS, "num_bits": 2}), "config_groups.group_0.weights.num_bits=2"),
         (with_group(weights={**WEIGHTS, "type": "float"}), "weights.type='float'"),
         (with_group(weights={**WEIGHTS, "strategy": "tensor_group"}), "tensor_group"),
         (with_group(weights={**WEIGHTS, "symmetric": False}), "asymmetric"),
-        (with_group(weights={**WEIGHTS, "strategy": "group", "group_size": 32}), "grouped"),
+        (with_group(weights={**WEIGHTS, "strategy": "group", "group_size": 32}, input_activations=STATIC), "grouped"),
         (with_group(weights={**WEIGHTS, "magic": 1}), "weights.magic=1"),
         (with_group(weights=None), "weights is missing"),
         (with_group(input_activations={**INPUTS, "symmetric": False}), "input_activations.symmetric=False"),
@@ -182,6 +182,11 @@ def test_zero_points_of_symmetric_weights_must_be_zeros(int8):
 )
 def test_what_is_not_supported_is_refused_by_name(int8, settings, expected):
     assert expected in refusal(int8, settings)
+
+
+def test_numbers_that_4_bits_do_not_hold_are_named(int8):
+    message = refusal(int8, with_group(weights={**WEIGHTS, "num_bits": 4}))
+    assert "mlp.down_proj.weight" in message and "to 127, but 4 bits hold those from -8 to 7" in message
 
 
 def test_the_wrong_dtype_of_a_weight_is_named(int8):

@@ -18,7 +18,7 @@ from torchinfer.quantization.formats.layout import (
     own_row_block,
     scale_source,
 )
-from torchinfer.quantization.formats.unpack import group_index, to_int8, unpack_words
+from torchinfer.quantization.formats.unpack import group_index, to_int8, to_nibbles, unpack_words
 from torchinfer.quantization.scheme import Scheme
 from torchinfer.quantization.source import Shape, Source
 
@@ -41,9 +41,11 @@ class CompressedLayer:
         """Whole words and groups only."""
         words = 32 // self.bits
         found = column_problems(columns, words, "the numbers that share an int32") if self.is_packed else []
+        if self.bits == 4 and not self.is_packed:
+            found += column_problems(columns, 2, "the numbers that share a byte here")
         if self.strategy == "group" and self.size is not None:
             found += column_problems(columns, self.size[1], "the group size")
-        return found + (int8_problems(columns) if self.activations == "int8" else [])
+        return found + (int8_problems(columns) if self.activations == "int8" and self.size is None else [])
 
     def layout(self, part_rows: Sequence[int], columns: int) -> tuple[Scheme, tuple[Source, ...]]:
         """Two to five tensors."""
@@ -62,7 +64,9 @@ class CompressedLayer:
 
     def _sources(self, scheme: Scheme, columns: int) -> Iterator[Source]:
         words, groups = 32 // self.bits, -(-columns // (scheme.column_block or columns))
-        if not self.is_packed:
+        if not self.is_packed and self.bits == 4:
+            yield Source(".weight", "values", (torch.int8,), partial(_shape, columns=columns), to_nibbles)
+        elif not self.is_packed:
             yield Source(".weight", "values", (scheme.values,))
         elif self.bits == 4:
             yield Source(".weight_packed", "values", (torch.int32,), view=torch.uint8)

@@ -114,7 +114,8 @@ def _read_group(group: Settings, kind: str) -> CompressedLayer | None:
     if weights is None:
         group.problems.append(f"{group.path}weights is missing: layers whose inputs alone are quantized are not read")
         return None
-    bits, type_ = weights.choice("num_bits", (4, 8) if kind == PACKED else (8,)), weights.choice("type", FORMATS[kind])
+    type_ = weights.choice("type", FORMATS[kind])
+    bits = weights.choice("num_bits", (8,) if type_ == "float" else (4, 8))
     has_zero = not weights.choice("symmetric", (True, False), True)
     weights.must_be("dynamic", False)
     order = weights.choice("actorder", ("weight", "static", "group", "dynamic", False), False)
@@ -122,10 +123,12 @@ def _read_group(group: Settings, kind: str) -> CompressedLayer | None:
     activations, is_static = _activations(inputs, weights, type_, strategy)
     if type_ == "float" and has_zero:
         group.problems.append(f"{weights.path}symmetric=False is not supported with type='float'")
-    if activations != "none" and (kind == PACKED or has_zero or strategy == "group"):
+    has_groups = strategy == "group" and (type_ == "float" or is_static)
+    if activations != "none" and (kind == PACKED or has_zero or has_groups):
         group.problems.append(
             f"{group.path}input_activations with {'packed' if kind == PACKED else 'asymmetric or grouped'} weights "
-            "are not supported; only weights alone, or symmetric weights with a scale for a tensor or an output"
+            "are not supported; only weights alone, or symmetric weights with a scale for a tensor or an output, or, "
+            "in whole numbers with a scale for each token, for a group"
         )
     _finish(weights, inputs)
     if len(group.problems) > num_problems:

@@ -45,7 +45,8 @@ class Format:
 def named(scheme: Scheme) -> Scheme:
     """With a name for logs: int4_g128_zero."""
     name = {torch.int8: "int8", torch.uint8: "int4", torch.float8_e4m3fn: "fp8"}[scheme.values]
-    name += "_w8a8" if scheme.activations != "none" else ""
+    if scheme.activations != "none":
+        name += "_w4a8" if scheme.values == torch.uint8 else "_w8a8"
     name += "_static" if scheme.has_input_scale else ""
     if scheme.row_block > 1:
         name += f"_b{scheme.row_block}x{scheme.column_block}"

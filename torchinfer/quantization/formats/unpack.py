@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchinfer.quantization.source import Shape
+from torchinfer.quantized_weight import NIBBLE_ZERO
 
 
 def words_in_columns(packed: Tensor, shape: Shape) -> Tensor:
@@ -17,7 +18,7 @@ def words_in_columns(packed: Tensor, shape: Shape) -> Tensor:
 
 
 def unpack_words(packed: Tensor, bits: int) -> Tensor:
-    """int32 [R, W] -> uint8 [R, W * 32 / bits]."""
+    """int32 [R, W], or their bytes -> uint8 [R, W * 32 / bits]."""
     found = packed.contiguous().view(torch.uint8)
     return torch.stack((found & 15, found >> 4), -1).flatten(-2) if bits == 4 else found
 
@@ -25,6 +26,15 @@ def unpack_words(packed: Tensor, bits: int) -> Tensor:
 def to_int8(numbers: Tensor) -> Tensor:
     """uint8 that stand for themselves less 128 -> int8."""
     return (numbers ^ 128).view(torch.int8)
+
+
+def to_nibbles(numbers: Tensor, shape: Shape) -> Tensor:
+    """int8 [O, I] from -8 to 7 -> uint8 `shape` [O, I / 2]: plus 8, the first of two in the low half."""
+    low, high = (int(bound) for bound in torch.aminmax(numbers))
+    if low < -NIBBLE_ZERO or high >= NIBBLE_ZERO:
+        raise ValueError(f"numbers from {low} to {high}, but 4 bits hold those from -8 to 7: take another copy of it")
+    pairs = (numbers + NIBBLE_ZERO).view(torch.uint8).view(*shape, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
 
 
 def scale_rows(scale: Tensor, shape: Shape, row_block: int = 1) -> Tensor:
