@@ -154,8 +154,10 @@ def divide(whole: Decoder, num_chips: int) -> DividedModel:
     """Divide a model without `partition_problems`, whose matrices are held in their schemes already.
 
     Raises:
-        ConfigError: scales that several rows or columns share cannot be divided so, with all such matrices.
+        ConfigError: scales that several rows or columns share cannot be divided so, with all such matrices; or the
+            head is a copy of the table.
     """
+    refuse_copy(whole)
     config, moe = local_config(whole.config, num_chips), whole.config.moe
     with torch.device("meta"):
         local = build_model(config) if moe is None else build_model(config, moe.mode, moe.capacity_factor)
@@ -168,6 +170,15 @@ def divide(whole: Decoder, num_chips: int) -> DividedModel:
             setattr(owner, attribute, QuantizedMatrix(shape, matrix.scheme, tuple(parts)))
     _check_schemes(whole, local, num_chips)
     return DividedModel(whole, local.eval(), num_chips)
+
+
+def refuse_copy(whole: Decoder) -> None:
+    """Raise ConfigError where the head is to be a quantized copy of the table of embeddings."""
+    if whole.head_scheme is not None:
+        raise ConfigError(
+            f"quantization: lm_head={whole.head_scheme.name} of a model whose head is its table of embeddings is for "
+            "one chip; leave the pattern out, or use one chip"
+        )
 
 
 def connect(local: Decoder, reduce: Callable[[Tensor], Tensor]) -> None:

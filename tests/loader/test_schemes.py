@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader import Checkpoint, LoadOptions, load_model
+from torchinfer.loader.weights import build_empty
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
+from torchinfer.parallel import divide
 from torchinfer.quantization import SCHEMES, QuantizedMatrix
 from torchinfer.testing import SIZES, TINY, PagedDriver, assert_close, save_random_checkpoint, tiny_config
+from torchinfer.writer.quantize import quantize_checkpoint
 
 CPU = torch.device("cpu")
 QKV = "layers.1.attention.qkv.weight"
@@ -31,6 +34,13 @@ def load(
     checkpoint = Checkpoint.open(folder)
     config = ModelConfig.from_dict(checkpoint.config)
     return load_model(checkpoint, config, dtype, CPU, options=LoadOptions(memory), quantization=quantization)
+
+
+def build(folder: Path, quantization: Mapping[str, str]) -> Decoder:
+    """On meta."""
+    checkpoint = Checkpoint.open(folder)
+    config = ModelConfig.from_dict(checkpoint.config)
+    return build_empty(checkpoint, config, CPU, quantization, "dropless", 1.25)[0]
 
 
 def schemes_of(model: Decoder) -> dict[str, str]:
@@ -174,9 +184,44 @@ def test_a_pattern_that_only_fits_the_head_is_refused(folder: Path) -> None:
         load(folder, {"lm_h*": "int8"})
 
 
-def test_a_tied_head_cannot_be_quantized(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "fp8_block", "int4_g32"])
+def test_a_tied_head_is_a_quantized_copy_of_the_table(scheme: str, tmp_path: Path) -> None:
+    save_random_checkpoint(tiny_config("llama-tied"), tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    config = json.loads((tmp_path / "tied" / "config.json").read_text())
+    (tmp_path / "untied").mkdir()
+    (tmp_path / "untied" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **head}, tmp_path / "untied" / "model.safetensors")
+    request = {"lm_head": scheme, "*": "int8"}
+    tied, untied, plain = (
+        load(tmp_path / "tied", request),
+        load(tmp_path / "untied", request),
+        load(tmp_path / "tied", None),
+    )
+    tokens = {"a": list(range(5, 25))}
+    assert torch.equal(PagedDriver(tied).step(tokens)["a"], PagedDriver(untied).step(tokens)["a"])
+    assert torch.equal(tied.embedding.weight, plain.embedding.weight)
+    assert tied.num_parameters() == plain.num_parameters()
+    tied.prepare()
+    assert tied.is_prepared() and tied.num_parameters() == plain.num_parameters()
+
+
+def test_a_tied_head_is_left_alone_without_its_name(tmp_path: Path) -> None:
     save_random_checkpoint(tiny_config("llama-tied"), tmp_path)
-    with pytest.raises(ConfigError, match="a tied head neither"):
+    assert load(tmp_path, "int8").head is None
+    with pytest.raises(ConfigError, match=r"lm_head=int8 of a model whose head is its table.*one chip"):
+        divide(build(tmp_path, {"lm_head": "int8"}), 2)
+    with pytest.raises(ConfigError, match=r"lm_head=int8: the head is the table of embeddings.*leave the"):
+        quantize_checkpoint(tmp_path, tmp_path / "out", {"lm_head": "int8"})
+
+
+def test_a_table_that_is_not_finite_is_refused_as_a_head(tmp_path: Path) -> None:
+    save_random_checkpoint(tiny_config("llama-tied"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'lm_head' has scales from .*nan"):
         load(tmp_path, {"lm_head": "int8"})
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchinfer.errors import ConfigError
 from torchinfer.kv_cache.tensors import allocate, kernel_pages
 from torchinfer.loader import load_model
 from torchinfer.loader.checkpoint import Checkpoint
@@ -75,6 +76,16 @@ def test_a_tied_head_is_held_once(models):
     matrices = 28 * (4 * 3072 * 4096 + 3 * 3072 * 24576)
     scales = 28 * 4 * (3 * 4096 + 3072 + 2 * 24576 + 3072)
     assert part_of(models, "gemma-7b", 1, "int8").weight_bytes == matrices + scales + 2 * (256000 * 3072 + 57 * 3072)
+
+
+def test_a_head_that_is_a_copy_of_the_table_is_held_beside_it(models):
+    request = {"lm_head": "int8", "*": "int8"}
+    copy = 256000 * 3072 + 4 * 256000
+    plain, found = part_of(models, "gemma-7b", 1, "int8"), part_of(models, "gemma-7b", 1, request)
+    assert found.weight_bytes == plain.weight_bytes + copy
+    assert [product.num_bytes for product in found.products if product.kind == "head"] == [copy]
+    with pytest.raises(ConfigError, match=r"lm_head=int8 .* is for one chip"):
+        part_of(models, "gemma-7b", 4, request)
 
 
 def test_int4_has_two_weights_a_byte_and_a_scale_for_128(models):

@@ -2,7 +2,8 @@
 
 A request is the name of a scheme, for every matrix but the kept ones, or a mapping from patterns to names. Patterns
 are those of fnmatch, on the checkpoint's names of layers ("model.layers.*.mlp.*", "lm_head"); the first that fits
-counts. Routers and embeddings are always kept as they are, the head unless a pattern names it without a wildcard.
+counts. Routers and embeddings are always kept as they are, the head unless a pattern names it without a wildcard. Where
+the head is the table of embeddings, what is quantized is a copy of it (`Decoder.copy_table`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, raise_all
 from torchinfer.loader.header import quoted, shorten
 from torchinfer.loader.placement import Placement, dtype_name, expected_tensors
+from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
 from torchinfer.models.moe import Experts
 from torchinfer.quantization import SCHEMES, QuantizedMatrix, Scheme, Source
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 NONE = "none"
 ALL = "*"  # what is left; that may be nothing
 HEAD = "lm_head"
+TABLE = "embedding.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +44,31 @@ class MatrixName:
     is_reordered: bool  # the checkpoint has its rows in another order
 
 
-def quantize_model(model: nn.Module, request: str | Mapping[str, str], device: torch.device) -> None:
+def quantize_model(model: Decoder, request: str | Mapping[str, str], device: torch.device) -> None:
     """Replace the matrices of a model (on meta) by quantized ones, to be packed while they are loaded.
 
     Raises:
         ConfigError: with every name, pattern and shape that does not fit.
     """
     for matrix, scheme in choose_schemes(model, request, device):
-        hold(model, matrix, scheme)
+        if matrix.parameter == TABLE:
+            model.head_scheme = scheme
+            logger.info("quantization: the head is a copy of the embeddings in %s", scheme.name)
+        else:
+            hold(model, matrix, scheme)
     logger.info("%s", describe(model))
 
 
 def choose_schemes(
-    model: nn.Module, request: str | Mapping[str, str], device: torch.device
+    model: Decoder, request: str | Mapping[str, str], device: torch.device
 ) -> list[tuple[MatrixName, Scheme]]:
     """The matrices that a request quantizes; raises as `quantize_model`."""
     patterns = {ALL: request} if isinstance(request, str) else dict(request)
     raise_all(_unknown(patterns), ConfigError, "quantization")
     matrices = list(matrices_of(model))
+    if model.head is None:
+        shape = tuple(model.embedding.weight.shape)
+        matrices.append(MatrixName(TABLE, shape, (HEAD,), shape[:1], is_reordered=False))
     chosen, problems = _choose(matrices, patterns)
     problems += _misfits(chosen)
     problems += unsupported({scheme.values for _, scheme in chosen}, device)
@@ -139,7 +149,7 @@ def _why_unused(pattern: str, patterns: Mapping[str, str], layers: list[str]) ->
     if not fitting:
         return (
             f"no layer's name fits pattern {pattern!r}; names are such as {', '.join(map(quoted, layers[:2]))}; "
-            "embeddings, norms and routers are not quantized, a tied head neither"
+            "embeddings, norms and routers are not quantized"
         )
     takers = {_pattern_of(layer, patterns) for layer in fitting} - {None}
     if not takers:

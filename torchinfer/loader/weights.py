@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
-from torchinfer.loader.assembly import Assembly, Deliver
+from torchinfer.loader.assembly import Assembly, Deliver, check_scale
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
@@ -25,7 +25,7 @@ from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
 from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
-from torchinfer.loader.schemes import quantize_model
+from torchinfer.loader.schemes import HEAD, quantize_model
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.source import Source
@@ -117,6 +117,9 @@ def load_model(
     """
     model, checkpoint = build_empty(checkpoint, model_config, device, quantization, moe_mode, moe_capacity_factor)
     load_weights(model, checkpoint, dtype, device, progress, options, smoothing=smoothing)
+    model.copy_table()
+    if model.head_scheme is not None and model.head is not None:
+        check_scale(HEAD, model.head.get_buffer("weight.scale"))
     return model.eval()
 
 

@@ -14,11 +14,12 @@ from torchinfer.models.block import Block
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.layers import Embedding, Linear, prepare_matrices
 from torchinfer.models.rope import Rope
-from torchinfer.quantization import QuantizedMatrix
+from torchinfer.quantization import QuantizedMatrix, Scheme
 from torchinfer.quantized_weight import PreparedWeight
 from torchinfer.weight_map import Target
 
 HEAD = "lm_head.weight"
+ROWS_AT_ONCE = 4096  # of a table that is quantized
 
 
 class Decoder(nn.Module):
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(block(config, layer) for layer in range(config.num_layers))
         self.norm = norm
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, has_head_bias)
+        self.head_scheme: Scheme | None = None  # tied: of the copy that `copy_table` makes
         self.prepared_head: PreparedWeight | None = None
         self.rope = Rope(config.rope)
         self.local_rope = Rope(config.local_rope) if config.local_rope is not None else None
@@ -83,6 +85,24 @@ class Decoder(nn.Module):
         """The head of a model that has no matrix for it: the table of embeddings, or what was prepared from it."""
         return self.embedding.weight if self.prepared_head is None else self.prepared_head
 
+    def copy_table(self) -> None:
+        """Once the table of embeddings is loaded: a copy of it in `head_scheme`, if there is one, becomes the head."""
+        if self.head_scheme is None:
+            return
+        table = self.embedding.weight.data
+        with torch.device("meta"):
+            self.head = Linear(table.shape[1], table.shape[0])
+        device, host = table.device, table.cpu() if table.device.type == "xla" else table
+        with host.device:
+            matrix = QuantizedMatrix(tuple(table.shape), self.head_scheme)
+        for start in range(0, 0 if table.is_meta else len(table), ROWS_AT_ONCE):
+            rows = host[start : start + ROWS_AT_ONCE]
+            for name, packed in self.head_scheme.pack(rows).items():
+                first = start // (matrix.specs[name].row_block or 1)
+                getattr(matrix, name)[first : first + len(packed)] = packed
+        del self.head.weight
+        self.head.weight = matrix.to(device)
+
     def prepare(self, num_cores: int | None = None, settle: Callable[[nn.Module], None] | None = None) -> None:
         """Bring the matrices into the layout of the device's kernels; their parameters are gone then. Fuse what it can.
 
@@ -106,10 +126,12 @@ class Decoder(nn.Module):
         return not any(isinstance(matrix, nn.Module | nn.Parameter) for matrix in self._matrices())
 
     def num_parameters(self) -> int:
-        """Numbers that the model has learned, in however many bits they are held and in whatever layout."""
+        """Numbers that the model has learned, in however many bits they are held and in whatever layout; a head that
+        is a copy of the table is none of them."""
+        copy = 0 if self.head is None or self.head_scheme is None else self.embedding.weight.numel()
         matrices = [module for module in self.modules() if isinstance(module, QuantizedMatrix)]
         prepared = [matrix for matrix in self._matrices() if not isinstance(matrix, nn.Module | nn.Parameter)]
-        return sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared))
+        return sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared)) - copy
 
     def _matrices(self) -> list[Any]:
         """Of all layers: a parameter, a QuantizedMatrix, or what the device's kernels made of them."""

@@ -18,7 +18,7 @@ from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
 from torchinfer.models.moe import Experts
-from torchinfer.parallel import local_config
+from torchinfer.parallel import local_config, refuse_copy
 from torchinfer.planner.source import ModelSource
 from torchinfer.quantization import QuantizedMatrix
 
@@ -84,12 +84,15 @@ def footprint(
     """Of a model without `partition_problems`.
 
     Raises:
-        ConfigError, UnsupportedModelError: a scheme does not fit the shapes on one chip, or the page size its kernel.
+        ConfigError, UnsupportedModelError: a scheme does not fit the shapes on one chip, or the page size its kernel,
+            or the head of several chips is a copy of the embeddings.
     """
     local = local_config(source.config, num_chips)
     pages = kernel_pages(local, cache_dtype, num_cores)
     page_size = resolve_page_size(page_size, pages)
     model = source.build(local)
+    if num_chips > 1:
+        refuse_copy(model)
     embedding = model.embedding.weight.numel() * source.dtype.itemsize
     return Footprint(
         config=local,

@@ -53,6 +53,7 @@ class ModelSource:
             model = build_model(config)
         if self.quantization is not None:
             quantize_model(model, self.quantization, HOST)
+            model.copy_table()
         elif self.checkpoint.quantization is not None:
             _, problems = plan_published(model, self.checkpoint)
             raise_all(problems, CheckpointError, f"{self.name} comes quantized")

@@ -133,6 +133,11 @@ def _plan(checkpoint: Checkpoint, request: Request) -> tuple[dict[str, Placement
     with torch.device("meta"):
         model = build_model(ModelConfig.from_dict(checkpoint.config))
     quantize_model(model, request, CPU)
+    if model.head_scheme is not None:
+        raise ConfigError(
+            f"lm_head={model.head_scheme.name}: the head is the table of embeddings, which a file has once, as it is; "
+            "leave the pattern out, or quantize while loading (--quantization)"
+        )
     found, problems = place(model, checkpoint.tensors)
     raise_all(problems, CheckpointError, f"{checkpoint.address} does not fit its config.json")
     # Nothing is reordered, and what the model has no use for is copied like everything else.
