@@ -93,17 +93,10 @@ class Case:
 def cases(work: Path, model: str, peers: list[str], bits: list[int]) -> list[Case]:
     """Ours first; everything that they need is made here."""
     source, own = prepared.checkpoint(work, model), Path(sys.executable)
-    is_tied = prepared.MODELS[model]["tie_word_embeddings"]  # then the head stays as it is
-
-    def head(scheme: str) -> dict[str, str]:
-        return {} if is_tied else {"head": scheme}  # llama.cpp and OpenVINO quantize it too
-
-    found = [
-        Case("torchinfer", "bf16", 16, own, source),
-        Case("torchinfer", "int8", 8, own, source, {"quantization": "int8"} | head("int8")),
-        Case("torchinfer", "int8_w8a8", 8, own, source, {"quantization": "int8_w8a8"}),
-        Case("torchinfer", "int4", 4, own, source, {"quantization": "int4"} | head("int4")),
-    ]
+    found = [Case("torchinfer", "bf16", 16, own, source)]
+    for scheme, size in (("int8", 8), ("int8_w8a8", 8), ("int4", 4), ("int4_w4a8", 4)):
+        # llama.cpp and OpenVINO quantize the head too.
+        found.append(Case("torchinfer", scheme, size, own, source, {"quantization": scheme, "head": scheme}))
     makers: dict[str, Callable[[], list[Case]]] = {
         "llama.cpp": lambda: [
             Case("llama.cpp", kind, size, prepared.python_of(work, "llama.cpp"), prepared.gguf(work, model, kind))

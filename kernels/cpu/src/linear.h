@@ -242,10 +242,10 @@ class Pass {
                 tile.row_scale = scratch_.row_scale + row;
                 tile.prefetch = plan_prefetch(tile, chunk, next, index, tiles);
                 compute_rows<kRows>(tiles.rows_of(index), tile, chunk, carried[index], results[index]);
+                if (chunk.group_end == tile.groups && chunk.step_end == tile.steps) {
+                    put(results[index], first_row_ + row, tiles.rows_of(index), block);
+                }
             }
-        }
-        for (int64_t index = 0; index < tiles.count; ++index) {
-            put(results[index], first_row_ + first_row + tiles.row_of(index), tiles.rows_of(index), block);
         }
     }
 
