@@ -93,7 +93,7 @@ def trace_step(
         results = _on_one_chip(_model(source, num_cores), ints, last_ids, caches, shape, page_size)
     else:
         step = SpmdStep(_divided(source, num_chips, num_cores), page_size, pages)
-        after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters], shape)
+        after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters.values()], shape)
         results = [*after, hidden, logits]
     text = with_places(xla_model.get_stablehlo(results))
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
