@@ -25,9 +25,9 @@ Function = Callable[..., Sequence[Tensor]]
 class CompiledFunction:
     """A function of tensors as one program for each shape of its first argument, which tells all other shapes.
 
-    It is recorded at the first call with a shape, and must have only results that it computes, each one once. What it
-    reads besides its arguments is remembered as it is then: weights, not random numbers. What it writes to that, or to
-    arguments, stays as it was: it must be among the results.
+    It is recorded at the first call with a shape. What it reads besides its arguments is remembered as it is then:
+    weights, not random numbers. It must write to nothing but arguments; these stay as they are, and must be among the
+    results with what was written. Results are computed, each once, and no argument as it came.
     """
 
     def __init__(self, function: Function) -> None:
@@ -60,7 +60,11 @@ class Program:
 
 @torch.no_grad()
 def record(function: Function, arguments: Sequence[Tensor]) -> Program:
-    """Compile a function for arguments of these shapes and dtypes, whatever their values. Waits for the device."""
+    """Compile a function for arguments of these shapes and dtypes, whatever their values. Waits for the device.
+
+    Raises:
+        RuntimeError: torch_xla's, because the function looks at a value, or calls an op that XLA does not have.
+    """
     import torch_xla
     from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
@@ -68,9 +72,10 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Program:
     on_device = [argument.to(device) for argument in arguments]
     torch_xla.sync(wait=True)  # all that is used has memory of its own, by which it is found below
     xlac = _xlac()
-    with _numbers_are_constants():
-        # Other tensors over the same memory, so that what is written to them is not written to the arguments.
-        results = list(function(*map(spmd.renewed, on_device)))
+    # Other tensors over the same memory, so that what is written to them is not written to the arguments.
+    renewed = [spmd.renewed(argument) for argument in on_device]
+    with _nothing_computed():
+        results = list(function(*renewed))
     assert all(xlac._check_tensor_need_materialization(results)), "a result is not computed"
     _, inputs = xlac._get_tensors_xla_device_data_node(results)
     with alias_with_buffer_donor_config():
@@ -85,20 +90,14 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Program:
 
 
 @contextmanager
-def _numbers_are_constants() -> Iterator[None]:
-    """Of a program that is recorded, instead of inputs."""
-    xlac = _xlac()
-    before = xlac._get_xla_handle_special_scalars(), xlac._get_xla_all_numbers_special_scalars()
-    _set_constant_numbers(True, True)
+def _nothing_computed() -> Iterator[None]:
+    """What is asked for a value raises an error."""
+    before = _xlac()._get_allow_execution()
+    _xlac()._set_allow_execution(False)
     try:
         yield
     finally:
-        _set_constant_numbers(*before)
-
-
-def _set_constant_numbers(some: bool, all_of_them: bool) -> None:
-    _xlac()._set_xla_handle_special_scalars(some)
-    _xlac()._set_xla_all_numbers_special_scalars(all_of_them)
+        _xlac()._set_allow_execution(before)
 
 
 def _xlac() -> Any:

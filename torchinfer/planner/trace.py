@@ -106,7 +106,7 @@ def _on_one_chip(
     step = unpack(ints, shape, page_size, None).fed(last_ids)
     hidden = model(step.batch, caches)
     logits = model.logits(hidden[step.sample_index])
-    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # Caches first, as the engine has them: arguments then come in the order of the layers. XLA pairs what is donated
     # with results of the same type in their order, and copies a cache that is paired with another layer's.
     return [*(tensor for cache in caches for tensor in cache.tensors), hidden, logits]
 
