@@ -32,7 +32,7 @@ def main() -> None:
     logits = spmd.placeholder((ROWS // num_chips, source.config.vocab_size), torch.float32, 0, num_chips)
     parameters = ((ROWS,), torch.int32), ((4, ROWS), torch.float32)
     sent = [spmd.placeholder(shape, dtype, REPLICATED, num_chips) for shape, dtype in parameters]
-    ids = runner._sample_eager(logits, *sent)
+    (ids,) = runner._sample_eager(logits, *sent)
     (folder / "module.mlir").write_text(with_places(xla_model.get_stablehlo([ids])))
 
 

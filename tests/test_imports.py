@@ -12,7 +12,13 @@ FOLDERS = {"kernels": "torchinfer.kernels", "serving": "torchinfer.serving", "to
 
 # Where a toolchain may be imported: a module, or a package with all that is in it.
 HOMES = {
-    "torch_xla": ("torchinfer.device", "torchinfer.kernels.tpu", "torchinfer.planner.trace", "torchinfer.spmd"),
+    "torch_xla": (
+        "torchinfer.device",
+        "torchinfer.kernels.tpu",
+        "torchinfer.planner.trace",
+        "torchinfer.spmd",
+        "torchinfer.xla_program",
+    ),
     "torchax": ("torchinfer.kernels.tpu",),
     "jax": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler", "torchinfer.kernel_calls"),
     "jaxlib": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
@@ -103,6 +109,7 @@ LAYERS = (
     ("torchinfer.attention_bundles", "torchinfer.kernel_calls"),
     ("torchinfer.aot", "torchinfer.aot_compiler", "torchinfer.hbm_traffic"),
     ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
+    ("torchinfer.xla_program",),
     ("torchinfer.spmd",),
     (
         "torchinfer.errors",

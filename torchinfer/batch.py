@@ -12,6 +12,7 @@ Where all rows decode, CPU and CUDA may pad too: with rows of one token in slot 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,6 +63,13 @@ class KVCache:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that is allocated."""
         return (self.data,) if self.scale is None else (self.data, self.scale)
+
+
+def split_layers(tensors: Sequence[Tensor], num_layers: int, pages: KernelPages | None) -> list[KVCache]:
+    """The caches that have these tensors, layer by layer."""
+    size = len(tensors) // num_layers
+    layers = [tensors[at : at + size] for at in range(0, len(tensors), size)]
+    return [KVCache(layer[0], layer[1] if size > 1 else None, pages) for layer in layers]
 
 
 @dataclass(frozen=True, slots=True)

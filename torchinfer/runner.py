@@ -222,8 +222,13 @@ def prompt_targets(chunk: Chunk) -> list[int]:
 
 def count_dropped(model: Decoder) -> int:
     """(token, expert) pairs that MoE layers in capacity mode have dropped since the start."""
-    counting = [m for m in model.modules() if isinstance(m, MoE) and m.config.mode == "capacity"]
-    return sum(int(module.num_dropped.item()) for module in counting)
+    return sum(int(module.num_dropped.item()) for _, module in counting(model))
+
+
+def counting(model: Decoder) -> list[tuple[str, MoE]]:
+    """By name, the layers that count what they drop."""
+    modules = model.named_modules()
+    return [(name, m) for name, m in modules if isinstance(m, MoE) and m.config.mode == "capacity"]
 
 
 def fetched(launched: Launched) -> Launched:

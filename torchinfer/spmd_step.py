@@ -7,19 +7,19 @@ model from its shares, as on one chip.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from torchinfer import spmd
-from torchinfer.batch import KernelPages, KVCache
+from torchinfer.batch import KernelPages, KVCache, split_layers
 from torchinfer.models.decoder import Decoder
+from torchinfer.models.moe import COUNTER
 from torchinfer.parallel import DividedModel, connect
 from torchinfer.spmd import REPLICATED, STACKED
 from torchinfer.step_input import StepInput, StepShape, unpack
-
-COUNTER = "num_dropped"  # the ends of the names of buffers that a forward pass writes to
 
 
 class SpmdStep:
@@ -30,27 +30,24 @@ class SpmdStep:
         self._num_chips, self._vocab_size, self._page_size = model.num_chips, model.whole.config.vocab_size, page_size
         self._num_layers, self._pages = model.local.config.num_layers, pages
         self._places = {name: division.place for name, division in model.divisions.items()}
-        self._counters = [name for name in model.tensors if name.endswith(COUNTER)]
-        self._weights = {name: tensor for name, tensor in model.tensors.items() if name not in self._counters}
-        self.counters = [model.tensors[name] for name in self._counters]
+        self.counters = {name: tensor for name, tensor in model.tensors.items() if name.endswith(COUNTER)}
+        self._weights = {name: tensor for name, tensor in model.tensors.items() if name not in self.counters}
         connect(model.local, partial(spmd.all_reduce, num_chips=model.num_chips))
         self._model, self._model_head = _Model(model.local), _Head(model.local)
 
     def forward(
-        self, ints: Tensor, last_ids: Tensor, state: list[Tensor], shape: StepShape
+        self, ints: Tensor, last_ids: Tensor, state: Sequence[Tensor], shape: StepShape
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """The state afterwards, in the same memory where it is donated, hidden states [T, H], logits [R, V] by rows.
 
         In this order, because XLA pairs what is donated with results of the same type as they come.
         """
         step = unpack(self.everywhere(ints), shape, self._page_size, None).fed(self.everywhere(last_ids))
-        num_written = len(state) - len(self._counters)
+        num_written = len(state) - len(self.counters)
         written = [spmd.to_local(tensor, STACKED, self._num_chips) for tensor in state[:num_written]]
         counted = [self.everywhere(tensor) for tensor in state[num_written:]]
-        tensors = self._shares() | dict(zip(self._counters, counted, strict=True))
-        size = num_written // self._num_layers
-        layers = [written[at : at + size] for at in range(0, num_written, size)]
-        caches = [KVCache(layer[0], layer[1] if size > 1 else None, self._pages) for layer in layers]
+        tensors = self._shares() | dict(zip(self.counters, counted, strict=True))
+        caches = split_layers(written, self._num_layers, self._pages)
         logits, hidden = functional_call(self._model, _of_model(tensors), (step, caches))
         after = [spmd.to_global(tensor, STACKED, self._num_chips) for tensor in written]
         after += [self.from_all(tensor) for tensor in counted]

@@ -13,26 +13,30 @@ Token counts are padded to powers of two from 16, request counts from 8. A compi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 from tqdm import tqdm
 
-from torchinfer.batch import KVCache, SamplingTensors
+from torchinfer.batch import KVCache, SamplingTensors, split_layers
 from torchinfer.device import count_compilations, mark_as_donated, synchronize
 from torchinfer.kernels import greedy, sample
 from torchinfer.logit_edits import LogitEdits, collect_edits, pieces
 from torchinfer.models.decoder import Decoder
+from torchinfer.models.moe import COUNTER
 from torchinfer.request import MAX_LOGPROBS
-from torchinfer.runner import Launched, StepOutput, count_dropped, prompt_targets, to_output
+from torchinfer.runner import Launched, StepOutput, counting, prompt_targets, to_output
 from torchinfer.sampler import LogprobTensors, apply_edits, logprobs_of
 from torchinfer.scheduler import Chunk, Plan
 from torchinfer.step_input import Ints, StepShape, buckets, pack, split_sampling, unpack
+from torchinfer.xla_program import CompiledFunction
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +44,9 @@ MIN_TOKENS = 16
 MIN_REQUESTS = 8
 EDITS_AT_A_TIME = 1024
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 
 class XlaRunner:
-    """Padded shapes, compiled with torch.compile(backend="openxla")."""
+    """Padded shapes, compiled. Caches and counters go into a forward pass and come out of it, in the same memory."""
 
     overlaps = True
     _num_chips = 1  # among which rows of logits are divided
@@ -62,7 +63,6 @@ class XlaRunner:
         max_num_tokens: int,
     ) -> None:
         self._model = model
-        self._kv_caches = kv_caches
         self._page_size = page_size
         self._device = device
         self._table_width = table_width
@@ -70,16 +70,15 @@ class XlaRunner:
         self._request_buckets = request_buckets(max_num_requests, self._num_chips)
         self._num_last_ids = self._request_buckets[-1]
         self._last_ids = self._send(np.zeros(self._num_last_ids, np.int32))
-        num_graphs = 4 * len(self._token_buckets) * len(self._request_buckets) + 16
-        # Per function, over all runners of the process.
-        torch._dynamo.config.recompile_limit += num_graphs
-        torch._dynamo.config.accumulated_recompile_limit += num_graphs
-        self._forward = compiled(self._forward_eager)
-        self._head = compiled(self._head_eager)
-        self._sample = compiled(self._sample_eager)
-        self._greedy = compiled(self._greedy_eager)
-        self._edit_chunk = compiled(self._edit_eager)
-        self._logprobs = compiled(self._logprobs_eager)
+        self._counters = self._counter_tensors()
+        self._state = [tensor for cache in kv_caches for tensor in cache.tensors] + list(self._counters.values())
+        self._pages = kv_caches[0].pages
+        self._forward = {shape: CompiledFunction(partial(self._forward_eager, shape)) for shape in self.shapes()}
+        self._head = CompiledFunction(self._head_eager)
+        self._sample = CompiledFunction(self._sample_eager)
+        self._greedy = CompiledFunction(self._greedy_eager)
+        self._edit_chunk = CompiledFunction(self._edit_eager)
+        self._logprobs = CompiledFunction(self._logprobs_eager)
 
     @property
     def num_compilations(self) -> int:
@@ -111,8 +110,8 @@ class XlaRunner:
         one = np.zeros(1, np.int32)
         edits = LogitEdits(one, one, one.astype(np.float32) + 1, one.astype(np.float32))
         for each in (logits, self._edit(logits, edits)):
-            self._last_ids = self._greedy(each)
-            self._last_ids = self._sample(each, *self._send_sampling(np.zeros(5 * num_requests, np.int32)))
+            self._greedy(each)
+            (self._last_ids,) = self._sample(each, *self._send_sampling(np.zeros(5 * num_requests, np.int32)))
             self._logprobs(each, self._last_ids)
 
     @torch.no_grad()
@@ -123,19 +122,19 @@ class XlaRunner:
         sampled = plan.sampled
         edited = self._edit(logits, collect_edits(sampled))
         if plan.all_greedy:
-            ids = self._greedy(edited)
+            (ids,) = self._greedy(edited)
         else:
-            ids = self._sample(edited, *self._send_sampling(packed[shape.num_forward :]))
+            (ids,) = self._sample(edited, *self._send_sampling(packed[shape.num_forward :]))
         self._last_ids = ids
         wants_logprobs = any(s.params.logprobs is not None for s in sampled)
-        logprobs = self._logprobs(logits, ids) if wants_logprobs else None
+        logprobs = LogprobTensors(*self._logprobs(logits, ids)) if wants_logprobs else None
         return Launched(plan, ids, logprobs, self._prompt_logprobs(hidden, plan))
 
     def collect(self, launched: Launched) -> StepOutput:
         return to_output(launched)
 
     def num_dropped_expert_tokens(self) -> int:
-        return count_dropped(self._model)
+        return sum(int(counter.item()) for counter in self._state[len(self._state) - len(self._counters) :])
 
     def _shape(self, plan: Plan) -> StepShape:
         num_requests = len(plan.decodes) + len(plan.chunks)
@@ -146,11 +145,13 @@ class XlaRunner:
         )
 
     def _run_forward(self, packed: Ints, shape: StepShape) -> tuple[Tensor, Tensor]:
-        logits, hidden = self._forward(self._send(packed[: shape.num_forward]), self._last_ids, shape)
+        ints = self._send(packed[: shape.num_forward])
+        *self._state, hidden, logits = self._forward[shape](ints, self._last_ids, *self._state)
         return logits, hidden
 
     def _send(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        """The program's call sends it."""
+        return torch.from_numpy(array)
 
     def _send_divided(self, array: NDArray[Any]) -> Tensor:
         """An array with a part for each chip."""
@@ -167,7 +168,7 @@ class XlaRunner:
             return logits
         edited = logits
         for piece in pieces(edits, logits.shape[0], self._num_chips, EDITS_AT_A_TIME):
-            edited = self._edit_chunk(edited, *(self._send_divided(array) for array in piece.arrays))
+            (edited,) = self._edit_chunk(edited, *(self._send_divided(array) for array in piece.arrays))
         return edited
 
     def _prompt_logprobs(self, hidden: Tensor, plan: Plan) -> list[tuple[Chunk, LogprobTensors]]:
@@ -188,43 +189,48 @@ class XlaRunner:
         rows[:count] = np.arange(start, start + count)
         targets = np.zeros(self._num_last_ids, np.int32)
         targets[: len(ids)] = ids
-        logits = self._head(hidden, self._send(rows))
-        return self._logprobs(logits, self._send(targets))
+        (logits,) = self._head(hidden, self._send(rows))
+        return LogprobTensors(*self._logprobs(logits, self._send(targets)))
 
-    def _forward_eager(self, ints: Tensor, last_ids: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
-        mark_as_donated([tensor for cache in self._kv_caches for tensor in cache.tensors])
+    def _counter_tensors(self) -> dict[str, Tensor]:
+        """Besides the caches, what a forward pass writes to, by name."""
+        return {f"{name}.{COUNTER}": module.num_dropped for name, module in counting(self._model)}
+
+    def _forward_eager(self, shape: StepShape, ints: Tensor, last_ids: Tensor, *state: Tensor) -> list[Tensor]:
+        """The state afterwards, in the same memory, hidden states [T, H], logits [R, V].
+
+        In this order, because XLA pairs what is donated with results of the same type as they come.
+        """
+        mark_as_donated(list(state))
+        num_written = len(state) - len(self._counters)
+        caches = split_layers(state[:num_written], self._model.config.num_layers, self._pages)
+        counters = dict(zip(self._counters, state[num_written:], strict=True))
         step = unpack(ints, shape, self._page_size, None).fed(last_ids)
-        hidden: Tensor = self._model(step.batch, self._kv_caches)
-        return self._model.logits(hidden[step.sample_index]), hidden
+        hidden: Tensor = functional_call(self._model, counters, (step.batch, caches))
+        return [*state, hidden, self._model.logits(hidden[step.sample_index])]
 
-    def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return self._model.logits(hidden[rows])
+    def _head_eager(self, hidden: Tensor, rows: Tensor) -> list[Tensor]:
+        return [self._model.logits(hidden[rows])]
 
-    def _greedy_eager(self, logits: Tensor) -> Tensor:
-        return self._feed(greedy(logits))
+    def _greedy_eager(self, logits: Tensor) -> list[Tensor]:
+        return [self._feed(greedy(logits))]
 
-    def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> Tensor:
+    def _sample_eager(self, logits: Tensor, top_k: Tensor, reals: Tensor) -> list[Tensor]:
         temperature, top_p, min_p, uniform = reals.unbind()
         params = SamplingTensors(temperature, top_k, top_p, min_p, uniform)
-        return self._feed(sample(logits, params, any_filter=True))
+        return [self._feed(sample(logits, params, any_filter=True))]
 
     def _feed(self, ids: Tensor) -> Tensor:
         """One size for the next step's feed, whatever the bucket."""
         return functional.pad(ids, (0, self._num_last_ids - ids.shape[0]))
 
-    def _edit_eager(self, logits: Tensor, row: Tensor, token: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
-        return apply_edits(logits, row, token, factor, addend)
+    def _edit_eager(self, logits: Tensor, row: Tensor, token: Tensor, factor: Tensor, addend: Tensor) -> list[Tensor]:
+        return [apply_edits(logits, row, token, factor, addend)]
 
-    def _logprobs_eager(self, logits: Tensor, token_ids: Tensor) -> LogprobTensors:
-        return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1]))
+    def _logprobs_eager(self, logits: Tensor, token_ids: Tensor) -> Sequence[Tensor]:
+        return logprobs_of(logits, token_ids[: logits.shape[0]], min(MAX_LOGPROBS, logits.shape[-1])).tensors
 
 
 def request_buckets(largest: int, num_chips: int) -> list[int]:
     """Request counts that programs are compiled for, up to the first that holds `largest`: chips divide them."""
     return buckets(-(-MIN_REQUESTS // num_chips) * num_chips, largest)
-
-
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """A function as one program for each shape of its arguments."""
-    result: Callable[P, R] = torch.compile(function, backend="openxla", fullgraph=True, dynamic=False)
-    return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from torchinfer.device import mark_as_donated, resolve_device
 from torchinfer.kernels.reference.paged_attention import paged_attention
 from torchinfer.kernels.reference.write_kv_pages import write_kv_pages
 from torchinfer.testing import Row, assert_close, make_batch
+from torchinfer.xla_program import CompiledFunction
 
 pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
@@ -33,9 +36,9 @@ def empty_cache(layout: PageLayout, num_pages: int) -> KVCache:
     return KVCache(data, None if layout.dtype == "bfloat16" else torch.zeros(shape[:-1]))
 
 
-def step_batch(step, device="cpu"):
+def step_batch(step):
     rows = [Row([0] * new, old, pages, new + old) for (new, old), pages in zip(step, PAGES, strict=False)]
-    return make_batch(rows, PAGE_SIZE, is_static=True, num_padded_tokens=2, num_padded_rows=1, device=device)
+    return make_batch(rows, PAGE_SIZE, is_static=True, num_padded_tokens=2, num_padded_rows=1)
 
 
 @pytest.mark.parametrize(
@@ -48,17 +51,21 @@ def test_two_steps_on_xla_equal_the_reference(dtype, size, window, soft_cap):
     pages = torch.zeros(layout.shape(6), dtype=torch.int32, device=device)
     cache = empty_cache(layout, 6)
 
-    @torch.compile(backend="openxla", fullgraph=True, dynamic=False)
-    def attend(query, key, value, pages, batch):
+    def forward(query, key, value, pages, query_start, kv_length, page_table):
         mark_as_donated([pages])
         cache = KVCache(pages, None, KernelPages(dtype, layout.num_rows, PAGE_SIZE, num_cores=0))
-        return attention_op.attend_and_write(query, key, value, cache, batch, size**-0.5, window, soft_cap)
+        batch = replace(step_batch(STEPS[0]), query_start=query_start, kv_length=kv_length, page_table=page_table)
+        return [pages, attention_op.attend_and_write(query, key, value, cache, batch, size**-0.5, window, soft_cap)]
+
+    attend = CompiledFunction(forward)
 
     for step in STEPS:
         batch = step_batch(step)
         num_tokens = len(batch.tokens)
         query, key, value = torch.randn(num_tokens, 4, size), *torch.randn(2, num_tokens, 2, size)
-        actual = attend(*(each.to(device) for each in (query, key, value)), pages, step_batch(step, device)).cpu()
+        tables = batch.query_start, batch.kv_length, batch.page_table
+        pages, actual = attend(query, key, value, pages, *tables)
+        actual = actual.cpu()
         write_kv_pages(key[:-2], value[:-2], cache, batch.slot[:-2])
         expected = paged_attention(query, cache, batch, size**-0.5, window, soft_cap)
         assert_close(actual[:-2], expected[:-2])

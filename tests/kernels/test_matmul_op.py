@@ -15,6 +15,7 @@ from torchinfer.kernels.reference.quantized_matmul import quantized_matmul
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
 from torchinfer.testing import assert_close
+from torchinfer.xla_program import CompiledFunction
 
 pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
@@ -68,14 +69,9 @@ def test_linear_on_xla_equals_the_reference(name: str, dtype: torch.dtype) -> No
         weight = replace(weight, zero=torch.randint(0, 16, weight.scale.shape, dtype=torch.uint8))
     prepared = kernels.prepare(on_xla(weight), num_cores=0)
     assert prepared is not None and prepared.shape == (130, 256)
-
-    @torch.compile(backend="openxla", fullgraph=True, dynamic=False)
-    def linear(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return kernels.linear(x, prepared, bias)
-
-    actual = linear(x.to("xla"), bias.to("xla")).cpu()
+    (actual,) = CompiledFunction(lambda x, bias: [kernels.linear(x, prepared, bias)])(x, bias)
     assert actual.dtype == dtype
-    assert_close(actual, quantized_matmul(x, weight) + bias, tolerance(weight, dtype))
+    assert_close(actual.cpu(), quantized_matmul(x, weight) + bias, tolerance(weight, dtype))
 
 
 @pytest.mark.parametrize("name", ["int8", "int8_w8a8", "int4_g32", "fp8"])

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchinfer.batch import KVCache
+from torchinfer.batch import KVCache, split_layers
 from torchinfer.device import mark_as_donated
 from torchinfer.models.decoder import Decoder
 from torchinfer.scheduler import Plan
 from torchinfer.step_input import Ints, StepShape, pack, unpack
+from torchinfer.xla_program import CompiledFunction
 
 DECODE_REQUESTS, DECODE_LENGTH = 8, 64  # at most, where the speed of decoding is measured
 LOGITS_ROWS = 128  # at a time: bounds the memory for [rows, vocabulary]
@@ -81,38 +82,39 @@ class EagerPass:
 class XlaPass:
     """Logits come to the host, for XLA devices may lack float64."""
 
-    def __init__(self, model: Decoder, kv_caches: list[KVCache], layout: Layout, device: torch.device) -> None:
+    def __init__(self, model: Decoder, kv_caches: list[KVCache], layout: Layout) -> None:
         self._model = model
-        self._kv_caches = kv_caches
+        self._caches, self._pages = [tensor for cache in kv_caches for tensor in cache.tensors], kv_caches[0].pages
         self._page_size = layout.page_size
         self._shape = StepShape(max(layout.max_tokens, layout.max_requests), layout.max_requests, layout.table_width)
-        self._device = device
-        self._forward = torch.compile(self._forward_eager, backend="openxla", fullgraph=True, dynamic=False)
-        self._head = torch.compile(self._head_eager, backend="openxla", fullgraph=True, dynamic=False)
+        self._forward = CompiledFunction(self._forward_eager)
+        self._head = CompiledFunction(self._head_eager)
 
     @torch.no_grad()
     def forward(self, plan: Plan, page_table: Ints) -> Tensor:
         packed = pack(plan, page_table, self._page_size, self._shape).packed
-        hidden: Tensor = self._forward(torch.from_numpy(packed[: self._shape.num_forward]).to(self._device))
+        *self._caches, hidden = self._forward(torch.from_numpy(packed[: self._shape.num_forward]), *self._caches)
         return hidden
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, start: int, end: int) -> Tensor:
         rows = np.full(LOGITS_ROWS, start, np.int32)
         rows[: end - start] = np.arange(start, end)
-        logits: Tensor = self._head(hidden, torch.from_numpy(rows).to(self._device))
+        (logits,) = self._head(hidden, torch.from_numpy(rows))
         return logits.cpu()[: end - start]
 
-    def _forward_eager(self, ints: Tensor) -> Tensor:
-        mark_as_donated([tensor for cache in self._kv_caches for tensor in cache.tensors])
-        hidden: Tensor = self._model(unpack(ints, self._shape, self._page_size, None).batch, self._kv_caches)
-        return hidden
+    def _forward_eager(self, ints: Tensor, *caches: Tensor) -> list[Tensor]:
+        mark_as_donated(list(caches))
+        kv_caches = split_layers(caches, self._model.config.num_layers, self._pages)
+        hidden: Tensor = self._model(unpack(ints, self._shape, self._page_size, None).batch, kv_caches)
+        return [*caches, hidden]
 
-    def _head_eager(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return self._model.logits(hidden[rows])
+    def _head_eager(self, hidden: Tensor, rows: Tensor) -> list[Tensor]:
+        return [self._model.logits(hidden[rows])]
 
 
 def make_pass(model: Decoder, kv_caches: list[KVCache], layout: Layout, device: torch.device) -> Pass:
     """The pass of a device."""
-    kind = XlaPass if device.type == "xla" else EagerPass
-    return kind(model, kv_caches, layout, device)
+    if device.type == "xla":
+        return XlaPass(model, kv_caches, layout)
+    return EagerPass(model, kv_caches, layout, device)

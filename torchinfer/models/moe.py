@@ -42,6 +42,9 @@ class Experts(Layer):
         return kernels.grouped_matmul(inner, down, group_sizes)
 
 
+COUNTER = "num_dropped"  # the ends of the names of buffers that a forward pass writes to
+
+
 class MoE(Layer):
     """Router, experts, and in some families an expert that sees every token.
 

@@ -93,7 +93,7 @@ def trace_step(
         results = _on_one_chip(_model(source, num_cores), ints, last_ids, caches, shape, page_size)
     else:
         step = SpmdStep(_divided(source, num_chips, num_cores), page_size, pages)
-        after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters], shape)
+        after, hidden, logits = step.forward(ints, last_ids, [*tensors, *step.counters.values()], shape)
         results = [*after, hidden, logits]
     text = with_places(xla_model.get_stablehlo(results))
     types = ["x".join([*map(str, tensor.shape), MLIR_TYPES[tensor.dtype]]) for tensor in tensors]
@@ -106,7 +106,7 @@ def _on_one_chip(
     step = unpack(ints, shape, page_size, None).fed(last_ids)
     hidden = model(step.batch, caches)
     logits = model.logits(hidden[step.sample_index])
-    # Caches first, as torch.compile has them: arguments then come in the order of the layers. XLA pairs what is donated
+    # Caches first, as the engine has them: arguments then come in the order of the layers. XLA pairs what is donated
     # with results of the same type in their order, and copies a cache that is paired with another layer's.
     return [*(tensor for cache in caches for tensor in cache.tensors), hidden, logits]
 
