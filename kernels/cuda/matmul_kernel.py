@@ -5,6 +5,9 @@
 Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
 inputs multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte
 are two products: of even inputs with low halves, of odd ones with high halves.
+
+Where the outputs make too few programs, the inputs are split too: each program sums a span of them and writes scaled
+sums in float32; a second kernel adds the spans, the first one first, so that a result has the same bits each time.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def matmul_kernel(
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
     row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
     group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
-    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION; float32 [SPLITS, N, O] where inputs are split
     num_rows: tl.tensor,
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
@@ -98,9 +101,11 @@ def matmul_kernel(
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
     SUM: tl.constexpr,  # dtype of the sums
     ACTIVATION: tl.constexpr,  # of the first half of the outputs, which then multiplies the second; or none
+    SPLITS: tl.constexpr,  # spans of inputs, each of which is another program's; with several, no ACTIVATION
 ) -> None:
     """A program computes BLOCK_ROWS x BLOCK_OUTPUTS products. With ACTIVATION half of them are outputs of the gate and
     half the same ones of up, and two become one result."""
+    tl.static_assert(SPLITS == 1 or ACTIVATION == "none")
     WIDTH: tl.constexpr = BLOCK_OUTPUTS // (2 if ACTIVATION != "none" else 1)  # results of a block
     num_results = num_outputs // (2 if ACTIVATION != "none" else 1)
     in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
@@ -119,7 +124,8 @@ def matmul_kernel(
     is_row, is_output = row < end, first_result + in_block % WIDTH < num_results
     column_of_result = first_result + tl.arange(0, WIDTH)
     is_result = is_row[:, None] & (column_of_result < num_results)[None, :]
-    target = result + row[:, None].to(tl.int64) * num_results + column_of_result[None, :]
+    split = tl.program_id(1).to(tl.int64)
+    target = result + (split * num_rows + row)[:, None] * num_results + column_of_result[None, :]
     if NUM_GROUPS > 0:
         if group == NUM_GROUPS:
             tl.store(target, tl.zeros((BLOCK_ROWS, WIDTH), result.dtype.element_ty), mask=is_result)
@@ -128,11 +134,16 @@ def matmul_kernel(
     packed = tl.arange(0, PACKED)
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
-    numbers = values + place[None, :] * (num_inputs // PARTS) + packed[:, None]
-    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :]
+    start_input, end_input = 0, num_inputs
+    if SPLITS > 1:
+        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), SPLITS) * BLOCK_INPUTS
+        start_input = tl.program_id(1) * span
+        end_input = tl.minimum(start_input + span, num_inputs)
+    numbers = values + place[None, :] * (num_inputs // PARTS) + start_input // PARTS + packed[:, None]
+    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + start_input // PARTS + packed[None, :]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
-    for first in range(0, num_inputs, BLOCK_INPUTS):
+    for first in range(start_input, end_input, BLOCK_INPUTS):
         is_input = first // PARTS + packed < num_inputs // PARTS
         if IS_EVEN:
             b = tl.load(numbers)
@@ -178,6 +189,50 @@ def matmul_kernel(
     if ACTIVATION != "none":
         halves = tl.permute(tl.reshape(product.to(result.dtype.element_ty), (BLOCK_ROWS, 2, WIDTH)), (0, 2, 1))
         gate, up = tl.split(halves)
-        active = activate(gate.to(tl.float32), ACTIVATION).to(result.dtype.element_ty)
-        product = active.to(tl.float32) * up.to(tl.float32)
+        product = gated(gate, up, ACTIVATION, result.dtype.element_ty)
     tl.store(target, product.to(result.dtype.element_ty), mask=is_result)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_splits_kernel(
+    partial: tl.tensor,  # [SPLITS, N, O] float32
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION
+    num_rows: tl.tensor,
+    num_results: tl.tensor,
+    SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program adds the spans of BLOCK results of a row, and activates what `matmul_kernel` would have activated."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_there = column < num_results
+    num_outputs = num_results * (2 if ACTIVATION != "none" else 1)
+    product = sum_of_splits(partial + row * num_outputs + column, num_rows, num_outputs, is_there, SPLITS)
+    if ACTIVATION != "none":
+        up = sum_of_splits(partial + row * num_outputs + num_results + column, num_rows, num_outputs, is_there, SPLITS)
+        product = gated(product, up, ACTIVATION, result.dtype.element_ty)
+    tl.store(result + row * num_results + column, product.to(result.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def sum_of_splits(
+    place: tl.tensor,  # [BLOCK] pointers into the first split
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    is_there: tl.tensor,  # [BLOCK]
+    SPLITS: tl.constexpr,
+) -> tl.tensor:  # [BLOCK] float32
+    """Always in the same order."""
+    total = tl.load(place, mask=is_there, other=0.0)
+    for _ in tl.static_range(SPLITS - 1):
+        place += num_rows.to(tl.int64) * num_outputs
+        total += tl.load(place, mask=is_there, other=0.0)
+    return total
+
+
+@triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 of activated gates times up, with each of the three rounded to DTYPE on the way, as torch does."""
+    active = activate(gate.to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE)
+    return active.to(tl.float32) * up.to(DTYPE).to(tl.float32)
