@@ -43,6 +43,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     splits: int = 1  # spans of inputs, each another program's
+    rows_last: bool = False  # whether the matrix unit takes the matrix, as it is read, from registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,10 @@ class Matrix:
 
     @property
     def parts(self) -> int:
-        """How many numbers the kernel reads as one: those of 4 bits four at a time, unless a group is too small."""
+        """Products of a step: those of 4 bits are read as words of 32, unless a group is too small."""
         if not self.is_nibbles:
             return 1
-        return 4 if self.values.shape[-1] % 2 == 0 and (not self.group or self.group >= 64) else 2
+        return 4 if self.values.shape[-1] % 4 == 0 and (not self.group or self.group >= 64) else 2
 
     @property
     def num_inputs(self) -> int:
@@ -101,18 +102,25 @@ def choose_tiles(
     num_groups: int,
     element_bytes: int,  # of what is multiplied
     group: int,  # inputs that share a scale, 0: all
+    is_nibbles: bool,
     num_processors: int,
 ) -> Tiles:
-    """The rule. Up to 64 rows: 1.5 programs for each processor, or as many as splits that are long enough make."""
-    rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
+    """The rule. Up to 64 rows: 1.5 programs for each processor, or as many as splits that are long enough make.
+
+    Up to 32 rows two warps do what four would do with the same instructions around it.
+    """
+    rows = min(max(triton.next_power_of_2(num_rows), 8), 128)
     if rows == 128:
         inputs = min(128 // element_bytes, group or 128)
-        return Tiles(128, 128, inputs, 8, 3)
+        return Tiles(128, 128, inputs, 8, 3, rows_last=is_nibbles)
     num_programs, splits = triton.cdiv(num_outputs, 64) * min(num_groups, LEAST_GROUPS), 1
     while 2 * num_programs * splits < 3 * num_processors and num_inputs >= 2 * splits * LEAST_SPAN:
         splits *= 2
     outputs = 64 if num_programs * splits >= num_processors else 32
-    return Tiles(rows, outputs, min(128, group or 128), 4, 3 if rows == 64 else 4, splits)
+    inputs = min(128, group or 128)
+    if rows == 64:
+        return Tiles(rows, outputs, inputs, 4, 3, splits, is_nibbles)
+    return Tiles(rows, outputs, inputs, 2, 4, splits, True)
 
 
 def num_processors(device: torch.device) -> int:
@@ -154,7 +162,7 @@ def multiply_rows(
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
     num_groups = 1 if group_sizes is None else len(group_sizes)
     shape = triton.cdiv(num_rows, num_groups), num_outputs, matrix.num_inputs, num_groups
-    tiles = choose_tiles(*shape, x.element_size(), matrix.group, num_processors(x.device))
+    tiles = choose_tiles(*shape, x.element_size(), matrix.group, matrix.is_nibbles, num_processors(x.device))
     if tiles.splits == 1:
         _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
         return result
@@ -207,7 +215,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
     """Arguments of the launch that follow from the matrix and its tiles."""
     num_inputs = matrix.num_inputs
     return {
-        "values": matrix.values.view(torch.int16) if matrix.parts == 4 else matrix.values,
+        "values": matrix.values.view(torch.int32) if matrix.parts == 4 else matrix.values,
         "scale": matrix.scale,
         "zero": matrix.zero,
         "num_outputs": matrix.values.shape[-2],
@@ -223,6 +231,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "HAS_ZERO": matrix.zero is not None,
         "PARTS": matrix.parts,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
+        "ROWS_LAST": tiles.rows_last,
         "SPLITS": tiles.splits,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,

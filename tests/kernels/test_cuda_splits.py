@@ -62,7 +62,7 @@ def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
 def splits_of(x: Tensor, num_outputs: int, num_groups: int = 1) -> int:
     rows = -(-len(x) // num_groups)
     processors = matmul.num_processors(x.device)
-    return matmul.choose_tiles(rows, num_outputs, x.shape[1], num_groups, 2, 0, processors).splits
+    return matmul.choose_tiles(rows, num_outputs, x.shape[1], num_groups, 2, 0, False, processors).splits
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(s, torch.bfloat16) for s in SHAPES] + [(SHAPES[2], torch.float16)])
@@ -123,11 +123,13 @@ def test_splits_are_added_the_first_one_first(gpu: str) -> None:
     ("outputs", "inputs"), [(4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096), (1024, 1024)]
 )
 def test_splits_follow_from_matrix_and_card_and_not_from_rows(outputs: int, inputs: int, processors: int) -> None:
-    tiles = [matmul.choose_tiles(rows, outputs, inputs, 1, 2, 0, processors) for rows in (1, 2, 16, 17, 32, 33, 64)]
+    tiles = [
+        matmul.choose_tiles(rows, outputs, inputs, 1, 2, 0, False, processors) for rows in (1, 2, 16, 17, 32, 33, 64)
+    ]
     (splits,) = {one.splits for one in tiles}
     (num_blocks,) = {-(-outputs // one.outputs) for one in tiles}
     is_filled = 2 * num_blocks * splits >= 3 * processors
     assert is_filled or inputs < 2 * splits * matmul.LEAST_SPAN
     assert splits == 1 or inputs >= splits * matmul.LEAST_SPAN
     assert len({one.inputs for one in tiles}) == 1
-    assert matmul.choose_tiles(65, outputs, inputs, 1, 2, 0, processors).splits == 1
+    assert matmul.choose_tiles(65, outputs, inputs, 1, 2, 0, False, processors).splits == 1
