@@ -99,6 +99,7 @@ def static_cases() -> list[Case]:
     few, many = ("int8", "fp8", "int4", "fp8_block"), ("int8", "int4", "int8_w8a8", "fp8_w8a8")
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, n) for s in few for n in (1, 64)]
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, 4096) for s in many]
+    cases += [linear_case("8b-output", *LINEAR["8b-output"], s, 64) for s in ("int8", "fp8_block", "int8_w8a8")]
     cases += [grouped_case(*EXPERTS, s, n) for s, n in (("bf16", 16), ("int4", 16), ("bf16", 16384), ("fp8", 16384))]
     return cases + [*glue_cases(4096)]
 

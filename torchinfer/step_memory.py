@@ -13,7 +13,7 @@ from torchinfer.sequence import Sequence
 from torchinfer.step_input import Ints, buckets, sampling_record
 
 GIB = 2**30
-LEAST_TOKENS = 16  # of a step of the warm-up: kernels have tiles for 16 rows, and for twice as many up to 128
+LEAST_TOKENS = 8  # of a step of the warm-up: kernels have tiles for 8 rows, and for twice as many up to 128
 # Everything that a request can ask for and that takes memory.
 PARAMS = SamplingParams(
     max_tokens=1, temperature=1.0, top_p=0.9, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS, logit_bias={0: 1.0}

@@ -1,7 +1,8 @@
 """What Triton's interpreter lacks: for tests of the kernels where there is no GPU, with TRITON_INTERPRET=1.
 
 In Triton 3.5 and 3.6 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 in place of its
-numbers, and makes loops' bounds of arrays, which numpy does not take from 2.4 on.
+numbers, makes loops' bounds of arrays, which numpy does not take from 2.4 on, and has no PTX: of that it gets what the
+kernels use, one instruction at a time on blocks of 32 bits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def repair() -> None:
     interpreter.InterpreterBuilder.create_fp_to_fp = _cast
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.binary_op = _binary
+    interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
     interpreter._patch_lang_tensor = _patch_tensor
 
 
@@ -46,6 +48,41 @@ def _binary(self: Any, left: Any, right: Any, operation: Any) -> Any:
         return interpreter.TensorHandle(_as(kind, operation(left.data, right.data)), kind)
     result = operation(_numbers(left), _numbers(right))
     return _cast(self, interpreter.TensorHandle(result, tl.float32), kind)
+
+
+def _inline_asm(self: Any, ptx: str, _constraints: str, blocks: Any, _types: Any, _is_pure: bool, _pack: int) -> Any:
+    opcode, _, rest = ptx.rstrip(";").partition(" ")
+    operands = [one.strip() for one in rest.split(",")][1:]
+    words = [blocks[int(one[1:]) - 1].data if one[0] == "$" else numpy.uint32(int(one, 16)) for one in operands]
+    return _Results([interpreter.TensorHandle(PTX[opcode](*words), tl.uint32)])
+
+
+class _Results(list[Any]):
+    """What an operation with several results gives."""
+
+    def get_result(self, index: int) -> Any:
+        """One of them."""
+        return self[index]
+
+
+def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:
+    """Bit `4 a + 2 b + c` of the table, for each bit of three words."""
+    result = numpy.zeros_like(a)
+    for row in range(8):
+        if table >> row & 1:
+            result |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return result
+
+
+def _fma(dtype: torch.dtype) -> Any:
+    def of_words(*words: Any) -> Any:
+        a, b, c = (torch.from_numpy(numpy.array(one)).view(torch.int32).view(dtype).float() for one in words)
+        return (a * b + c).to(dtype).view(torch.int32).view(torch.uint32).numpy()
+
+    return of_words
+
+
+PTX = {"lop3.b32": _lop3, "fma.rn.bf16x2": _fma(torch.bfloat16), "fma.rn.f16x2": _fma(torch.float16)}
 
 
 def _as(kind: Any, result: Any) -> Any:

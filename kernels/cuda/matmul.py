@@ -1,8 +1,11 @@
 """The launch of `matmul_kernel`: which matrices it takes, and the sizes of its tiles.
 
 The tiles are a plain rule, made from what the compiler says of registers and shared memory on Hopper and not yet from a
-run on a card: few rows take tiles of all rows and few outputs, so that many programs read the matrix at once; many rows
-take square ones. What no tile fits (groups of inputs that are no power of two) stays with the reference.
+run on a card: few rows take tiles of all rows and few outputs, and split the inputs where outputs are few, so that many
+programs read the matrix at once; many rows take square ones. What no tile fits (groups of inputs that are no power of
+two) stays with the reference.
+
+Up to 64 rows of a matrix are cut into the same spans and steps of inputs, whatever their number.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require
-from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
+from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel, sum_splits_kernel
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
 ACTIVATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-NUM_PROCESSORS = 132  # of an H100 or H200; other cards take the same tiles
+NUM_PROCESSORS = 132  # of an H100 or H200, for which kernels are compiled where there is no card
 LEAST_GROUP = 32  # inputs that share a scale, of which a step takes at least so many
+LEAST_SPAN = 512  # inputs of a split; shorter ones would write sums that are read again
+LEAST_GROUPS = 2  # experts of a token: so many have rows in any step
+SUM_BLOCK = 512  # results of a program that adds splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class Tiles:
     inputs: int
     num_warps: int
     num_stages: int
+    splits: int = 1  # spans of inputs, each another program's
+    rows_last: bool = False  # whether the matrix unit takes the matrix, as it is read, from registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +64,10 @@ class Matrix:
 
     @property
     def parts(self) -> int:
-        """How many numbers the kernel reads as one: those of 4 bits four at a time, unless a group is too small."""
+        """Products of a step: those of 4 bits are read as words of 32, unless a group is too small."""
         if not self.is_nibbles:
             return 1
-        return 4 if self.values.shape[-1] % 2 == 0 and (not self.group or self.group >= 64) else 2
+        return 4 if self.values.shape[-1] % 4 == 0 and (not self.group or self.group >= 64) else 2
 
     @property
     def num_inputs(self) -> int:
@@ -87,14 +95,37 @@ def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
     return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
 
 
-def choose_tiles(num_rows: int, num_outputs: int, num_groups: int, element_bytes: int, group: int) -> Tiles:
-    """num_rows: of a group; element_bytes: of what is multiplied; group: inputs that share a scale, 0 for all."""
-    rows = min(max(triton.next_power_of_2(num_rows), 16), 128)
+def choose_tiles(
+    num_rows: int,  # of a group
+    num_outputs: int,
+    num_inputs: int,
+    num_groups: int,
+    element_bytes: int,  # of what is multiplied
+    group: int,  # inputs that share a scale, 0: all
+    is_nibbles: bool,
+    num_processors: int,
+) -> Tiles:
+    """The rule. Up to 64 rows: 1.5 programs for each processor, or as many as splits that are long enough make.
+
+    Up to 32 rows two warps do what four would do with the same instructions around it.
+    """
+    rows = min(max(triton.next_power_of_2(num_rows), 8), 128)
     if rows == 128:
         inputs = min(128 // element_bytes, group or 128)
-        return Tiles(128, 128, inputs, 8, 3)
-    outputs = 64 if triton.cdiv(num_outputs, 64) * num_groups >= 2 * NUM_PROCESSORS else 32
-    return Tiles(rows, outputs, min(128, group or 128), 4, 3 if rows == 64 else 4)
+        return Tiles(128, 128, inputs, 8, 3, rows_last=is_nibbles)
+    num_programs, splits = triton.cdiv(num_outputs, 64) * min(num_groups, LEAST_GROUPS), 1
+    while 2 * num_programs * splits < 3 * num_processors and num_inputs >= 2 * splits * LEAST_SPAN:
+        splits *= 2
+    outputs = 64 if num_programs * splits >= num_processors else 32
+    inputs = min(128, group or 128)
+    if rows == 64:
+        return Tiles(rows, outputs, inputs, 4, 3, splits, is_nibbles)
+    return Tiles(rows, outputs, inputs, 2, 4, splits, True)
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a card."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_PROCESSORS
 
 
 def multiply(
@@ -129,14 +160,36 @@ def multiply_rows(
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
+    num_groups = 1 if group_sizes is None else len(group_sizes)
+    shape = triton.cdiv(num_rows, num_groups), num_outputs, matrix.num_inputs, num_groups
+    tiles = choose_tiles(*shape, x.element_size(), matrix.group, matrix.is_nibbles, num_processors(x.device))
+    if tiles.splits == 1:
+        _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
+        return result
+    partial = torch.empty(tiles.splits, num_rows, num_outputs, device=x.device)
+    _launch(x, row_scale, matrix, group_sizes, tiles, partial, "none")
+    sum_splits_kernel[(num_rows, triton.cdiv(num_results, SUM_BLOCK))](
+        partial, result, num_rows, num_results, SPLITS=tiles.splits, ACTIVATION=activation, BLOCK=SUM_BLOCK
+    )
+    return result
+
+
+def _launch(
+    x: Tensor,  # [N, I]
+    row_scale: Tensor | None,  # [N]
+    matrix: Matrix,
+    group_sizes: Tensor | None,
+    tiles: Tiles,
+    result: Tensor,  # [N, O], [N, O / 2] or [splits, N, O], written
+    activation: str,
+) -> None:
+    num_rows, num_outputs, num_results = len(x), matrix.values.shape[-2], result.shape[-1]
+    num_groups = 0 if group_sizes is None else len(group_sizes)
     if matrix.is_nibbles:
         x = x.view(num_rows, -1, matrix.parts).transpose(1, 2).reshape(num_rows, -1)  # all that lie first, then second
-    num_groups = 0 if group_sizes is None else len(group_sizes)
-    rows_of_group = triton.cdiv(num_rows, num_groups or 1)
-    tiles = choose_tiles(rows_of_group, num_outputs, num_groups or 1, x.element_size(), matrix.group)
     num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
     num_blocks = triton.cdiv(num_results, tiles.outputs * num_results // num_outputs)
-    matmul_kernel[(num_row_blocks * num_blocks,)](
+    matmul_kernel[(num_row_blocks * num_blocks, tiles.splits)](
         x=x,
         row_scale=row_scale,
         result=result,
@@ -149,7 +202,6 @@ def multiply_rows(
         **_of_groups(group_sizes),
         **_of_matrix(matrix, tiles),
     )
-    return result
 
 
 def _of_groups(group_sizes: Tensor | None) -> dict[str, Any]:
@@ -163,7 +215,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
     """Arguments of the launch that follow from the matrix and its tiles."""
     num_inputs = matrix.num_inputs
     return {
-        "values": matrix.values.view(torch.int16) if matrix.parts == 4 else matrix.values,
+        "values": matrix.values.view(torch.int32) if matrix.parts == 4 else matrix.values,
         "scale": matrix.scale,
         "zero": matrix.zero,
         "num_outputs": matrix.values.shape[-2],
@@ -179,6 +231,8 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "HAS_ZERO": matrix.zero is not None,
         "PARTS": matrix.parts,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
+        "ROWS_LAST": tiles.rows_last,
+        "SPLITS": tiles.splits,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

@@ -3,8 +3,13 @@
     element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
 
 Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
-inputs multiplies the sums of that group, one of a whole output multiplies the result. Two numbers of 4 bits in a byte
-are two products: of even inputs with low halves, of odd ones with high halves.
+inputs multiplies the sums of that group, one of a whole output multiplies the result. Numbers of 4 bits are two or four
+products of a step: of the first numbers of bytes or of 16 bits with every second or fourth input, and so on.
+
+A tile is outputs times rows where the matrix unit takes the matrix from registers, else rows times outputs.
+
+Where the outputs make too few programs, the inputs are split too: each program sums a span of them and writes scaled
+sums in float32; a second kernel adds the spans, the first one first, so that a result has the same bits each time.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import triton
 import triton.language as tl
 
 from torchinfer.kernels.cuda.gated_activation import activate
+from torchinfer.kernels.cuda.nibbles import nibbles
 
 SWIZZLE: tl.constexpr = tl.constexpr(8)  # blocks of rows that go through the outputs together, for the second cache
 
@@ -42,41 +48,30 @@ def group_of(
 
 
 @triton.jit
-def nibble(packed: tl.tensor, part: tl.constexpr, zero: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """The numbers [K, O] at place `part` of int16 [K, O], less their zeros [1, O] int16.
-
-    Behind the bits of 128 in bfloat16, or of 1024 in float16, four bits are whole numbers: no conversion is needed.
-    """
-    bits = (packed >> (4 * part)) & 15
-    if DTYPE == tl.bfloat16:
-        numbers = (bits | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)
-    elif DTYPE == tl.float16:
-        numbers = (bits | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)
-    else:
-        numbers = (bits - zero).to(DTYPE)
-    return numbers
-
-
-@triton.jit
-def multiply_add(a: tl.tensor, b: tl.tensor, total: tl.tensor, SUM: tl.constexpr) -> tl.tensor:
-    """total + a b."""
-    if a.dtype.is_fp8():
-        # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
-        total = tl.dot(a, b, total, max_num_imprecise_acc=a.shape[1])
-    else:
-        total = tl.dot(a, b, total, input_precision="tf32x3", out_dtype=SUM)
-    return total
+def multiply_add(
+    b: tl.tensor,  # [O, K]
+    a: tl.tensor,  # [K, R]
+    total: tl.tensor,  # [O, R] with ROWS_LAST, else [R, O]
+    ROWS_LAST: tl.constexpr,
+) -> tl.tensor:
+    """total + b a, or its transpose."""
+    # Hopper sums e4m3 in fewer bits than float32 has: once a step, sums go into registers.
+    MOST: tl.constexpr = b.shape[1] if b.dtype.is_fp8() else None
+    left, right = b, a
+    if not ROWS_LAST:
+        left, right = tl.trans(a), tl.trans(b)
+    return tl.dot(left, right, total, input_precision="tf32x3", max_num_imprecise_acc=MOST, out_dtype=total.dtype)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def matmul_kernel(
-    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; even, then odd inputs for nibbles
-    values: tl.tensor,  # [E, O, I]; uint8 [E, O, I / 2] where IS_NIBBLES
+    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; inputs of each part together
+    values: tl.tensor,  # [E, O, I]; of 4 bits uint8 [E, O, I / 2] or int32 [E, O, I / 8]
     scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
     row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
     group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
-    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION; float32 [SPLITS, N, O] where inputs are split
     num_rows: tl.tensor,
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
@@ -94,13 +89,16 @@ def matmul_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
-    PARTS: tl.constexpr,  # numbers of 4 bits in one of `values`, else 1
+    PARTS: tl.constexpr,  # products of a step: 2 for bytes of 4 bits, 4 for words of them, else 1
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
     SUM: tl.constexpr,  # dtype of the sums
     ACTIVATION: tl.constexpr,  # of the first half of the outputs, which then multiplies the second; or none
+    ROWS_LAST: tl.constexpr,  # tiles are outputs times rows
+    SPLITS: tl.constexpr,  # spans of inputs, each of which is another program's; with several, no ACTIVATION
 ) -> None:
     """A program computes BLOCK_ROWS x BLOCK_OUTPUTS products. With ACTIVATION half of them are outputs of the gate and
     half the same ones of up, and two become one result."""
+    tl.static_assert(SPLITS == 1 or ACTIVATION == "none")
     WIDTH: tl.constexpr = BLOCK_OUTPUTS // (2 if ACTIVATION != "none" else 1)  # results of a block
     num_results = num_outputs // (2 if ACTIVATION != "none" else 1)
     in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
@@ -119,58 +117,67 @@ def matmul_kernel(
     is_row, is_output = row < end, first_result + in_block % WIDTH < num_results
     column_of_result = first_result + tl.arange(0, WIDTH)
     is_result = is_row[:, None] & (column_of_result < num_results)[None, :]
-    target = result + row[:, None].to(tl.int64) * num_results + column_of_result[None, :]
+    split = tl.program_id(1).to(tl.int64)
+    target = result + (split * num_rows + row)[:, None] * num_results + column_of_result[None, :]
     if NUM_GROUPS > 0:
         if group == NUM_GROUPS:
             tl.store(target, tl.zeros((BLOCK_ROWS, WIDTH), result.dtype.element_ty), mask=is_result)
             return
-    PACKED: tl.constexpr = BLOCK_INPUTS // PARTS
-    packed = tl.arange(0, PACKED)
+    PART: tl.constexpr = BLOCK_INPUTS // PARTS
+    NUMBERS: tl.constexpr = 8 if PARTS == 4 else PARTS  # in one of `values`
+    input, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
-    numbers = values + place[None, :] * (num_inputs // PARTS) + packed[:, None]
-    inputs = x + tl.where(is_row, row, 0)[:, None].to(tl.int64) * stride + packed[None, :]
+    start_input, end_input = 0, num_inputs
+    if SPLITS > 1:
+        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), SPLITS) * BLOCK_INPUTS
+        start_input = tl.program_id(1) * span
+        end_input = tl.minimum(start_input + span, num_inputs)
+    numbers = values + place[:, None] * (num_inputs // NUMBERS) + start_input // NUMBERS + packed[None, :]
+    inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input // PARTS + input[:, None]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), SUM)
-    for first in range(0, num_inputs, BLOCK_INPUTS):
-        is_input = first // PARTS + packed < num_inputs // PARTS
+    HEIGHT: tl.constexpr = BLOCK_OUTPUTS if ROWS_LAST else BLOCK_ROWS
+    total = tl.zeros((HEIGHT, BLOCK_ROWS * BLOCK_OUTPUTS // HEIGHT), SUM)
+    for first in range(start_input, end_input, BLOCK_INPUTS):
+        is_input = first // PARTS + input < num_inputs // PARTS
         if IS_EVEN:
             b = tl.load(numbers)
         else:
-            b = tl.load(numbers, mask=is_input[:, None], other=0.0)
+            b = tl.load(numbers, mask=(first // NUMBERS + packed < num_inputs // NUMBERS)[None, :], other=0.0)
         column = first // COLUMN_BLOCK if COLUMN_BLOCK > 0 else 0
         if HAS_ZERO:
-            offset = tl.load(zero + place * num_columns + column).to(tl.int16)[None, :]
+            offset = tl.load(zero + place * num_columns + column).to(tl.int16)[:, None]
         else:
             offset = tl.full((1, 1), 8 if PARTS > 1 else 0, tl.int16)
         if PARTS > 1 or COLUMN_BLOCK > 0:
-            product = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+            product = tl.zeros(total.shape, tl.float32)
             for part in tl.static_range(PARTS):
                 if IS_EVEN:
                     a = tl.load(inputs + part * (num_inputs // PARTS))
                 else:
-                    a = tl.load(inputs + part * (num_inputs // PARTS), mask=is_input[None, :], other=0.0)
+                    a = tl.load(inputs + part * (num_inputs // PARTS), mask=is_input[:, None], other=0.0)
                 if PARTS > 1:
-                    c = nibble(b.to(tl.int16), part, offset, a.dtype)
+                    c = nibbles(b, part, offset, a.dtype)
                 elif HAS_ZERO:
                     c = (b.to(tl.int16) - offset).to(a.dtype)
                 else:
                     c = b.to(a.dtype)
-                product = tl.dot(a, c, product, input_precision="tf32x3")
+                product = multiply_add(c, a, product, ROWS_LAST)
             if COLUMN_BLOCK > 0:
-                product *= tl.load(scale + scale_place * num_columns + column)[None, :]
+                group_scale = tl.load(scale + scale_place * num_columns + column)
+                product *= group_scale[:, None] if ROWS_LAST else group_scale[None, :]
             total += product
         else:
             if IS_EVEN:
                 a = tl.load(inputs)
             else:
-                a = tl.load(inputs, mask=is_input[None, :], other=0.0)
+                a = tl.load(inputs, mask=is_input[:, None], other=0.0)
             if HAS_ZERO:
                 b = (b.to(tl.int16) - offset).to(a.dtype)
-            total = multiply_add(a, b.to(a.dtype), total, SUM)
-        inputs += PACKED
-        numbers += PACKED
-    product = total.to(tl.float32)
+            total = multiply_add(b.to(a.dtype), a, total, ROWS_LAST)
+        inputs += PART
+        numbers += BLOCK_INPUTS // NUMBERS
+    product = tl.trans(total.to(tl.float32)) if ROWS_LAST else total.to(tl.float32)
     if HAS_ROW_SCALE:
         product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
     if HAS_SCALE and COLUMN_BLOCK == 0:
@@ -178,6 +185,50 @@ def matmul_kernel(
     if ACTIVATION != "none":
         halves = tl.permute(tl.reshape(product.to(result.dtype.element_ty), (BLOCK_ROWS, 2, WIDTH)), (0, 2, 1))
         gate, up = tl.split(halves)
-        active = activate(gate.to(tl.float32), ACTIVATION).to(result.dtype.element_ty)
-        product = active.to(tl.float32) * up.to(tl.float32)
+        product = gated(gate, up, ACTIVATION, result.dtype.element_ty)
     tl.store(target, product.to(result.dtype.element_ty), mask=is_result)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_splits_kernel(
+    partial: tl.tensor,  # [SPLITS, N, O] float32
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION
+    num_rows: tl.tensor,
+    num_results: tl.tensor,
+    SPLITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A program adds the spans of BLOCK results of a row, and activates what `matmul_kernel` would have activated."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_there = column < num_results
+    num_outputs = num_results * (2 if ACTIVATION != "none" else 1)
+    product = sum_of_splits(partial + row * num_outputs + column, num_rows, num_outputs, is_there, SPLITS)
+    if ACTIVATION != "none":
+        up = sum_of_splits(partial + row * num_outputs + num_results + column, num_rows, num_outputs, is_there, SPLITS)
+        product = gated(product, up, ACTIVATION, result.dtype.element_ty)
+    tl.store(result + row * num_results + column, product.to(result.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def sum_of_splits(
+    place: tl.tensor,  # [BLOCK] pointers into the first split
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    is_there: tl.tensor,  # [BLOCK]
+    SPLITS: tl.constexpr,
+) -> tl.tensor:  # [BLOCK] float32
+    """Always in the same order."""
+    total = tl.load(place, mask=is_there, other=0.0)
+    for _ in tl.static_range(SPLITS - 1):
+        place += num_rows.to(tl.int64) * num_outputs
+        total += tl.load(place, mask=is_there, other=0.0)
+    return total
+
+
+@triton.jit
+def gated(gate: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """float32 of activated gates times up, with each of the three rounded to DTYPE on the way, as torch does."""
+    active = activate(gate.to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE)
+    return active.to(tl.float32) * up.to(DTYPE).to(tl.float32)
