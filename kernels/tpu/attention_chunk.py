@@ -26,6 +26,7 @@ LARGEST = 127 * 128  # of an integer in two planes
 E4M3_SHIFT = 2.0**100  # queries and probabilities times this, products times the rest of 2**120
 E4M3_REST = 2.0**20
 LOG2_E = 1.4426950408889634
+ROOM = 32  # tokens before a query block's new ones, and more behind them: a group may begin before, or end behind
 ROWS_DOT_ROWS = (((1,), (1,)), ((), ()))
 ROWS_DOT_COLUMNS = (((1,), (0,)), ((), ()))
 
@@ -39,7 +40,8 @@ class KernelConfig:
     fetch_pages: int  # pages that are fetched at once
     decode_chunk: int  # pages that are computed at once, where a query block has one token
     prefill_chunk: int
-    prefill_tokens: int  # tokens of a query block; a multiple of 8
+    prefill_tokens: int  # of a query block: a multiple of `tile_tokens`
+    tile_tokens: int  # of a query block that are computed at once; a multiple of 8
     window: int | None
     soft_cap: float | None
     num_cores: int = 1
@@ -65,9 +67,9 @@ class KernelConfig:
         return self.layout.key_tiles * LANES
 
     @property
-    def fresh_rows(self) -> int:
-        """Rows of 128 words of a new token."""
-        return round_up(self.layout.num_kv_heads * self.layout.num_tiles, SUBLANES) + self.layout.scale_rows
+    def num_tiles(self) -> int:
+        """Of a query block's tokens."""
+        return self.prefill_tokens // self.tile_tokens
 
     @property
     def planes(self) -> int:
@@ -90,20 +92,20 @@ class Refs(NamedTuple):
     query_blocks: Ref  # scalars: see `AttentionPlan`
     bounds: Ref
     page_table: Ref
-    query: Ref  # HBM [T + prefill_tokens, query_heads, key_width] float32, scaled, see `ragged_attention`
-    new: Ref  # HBM [T + prefill_tokens, rows, 128] int32: see `fresh_rows`
+    query: Ref  # HBM [T, query_heads, key_width] float32, scaled, see `ragged_attention`
+    new: Ref  # HBM [T * rows, 128] int32: see `token_insertion`
     pages_in: Ref  # the memory of `pages`
     out: Ref  # HBM [T, out_heads, key_width] float32
     pages: Ref  # HBM [P, rows, 128] int32
     kv: Ref  # VMEM [2, fetch_pages, rows, 128] int32
     q: Ref  # [2, prefill_tokens, query_heads, key_width] float32
-    fresh: Ref  # [2, prefill_tokens, rows, 128] int32
+    fresh: Ref  # [2, tokens * rows, 128] int32: those of `new`, with room for others on both sides
     result: Ref  # [prefill_tokens, out_heads, key_width] float32
-    operand: Ref  # [K, planes * rows, key_width] int8 or bfloat16: queries as the matrix unit takes them
-    q_scale: Ref  # [K, rows, 128] float32: of the integers in `operand`
-    highest: Ref  # [K, rows, 128] float32: the largest score so far, in all lanes
-    total: Ref  # [K, rows, 128] float32: sums of exponentials, a share in each lane
-    acc: Ref  # [K, rows, key_width] float32: sums of exponentials times values
+    operand: Ref  # [tiles, K, planes * rows, key_width] int8 or bfloat16: queries as the matrix unit takes them
+    q_scale: Ref  # [tiles, K, rows, 128] float32: of the integers in `operand`
+    highest: Ref  # [tiles, K, rows, 128] float32: the largest score so far, in all lanes
+    total: Ref  # [tiles, K, rows, 128] float32: sums of exponentials, a share in each lane
+    acc: Ref  # [tiles, K, rows, key_width] float32: sums of exponentials times values
     kv_sem: Ref  # [2]
     q_sem: Ref  # [2]
     out_sem: Ref
@@ -112,10 +114,11 @@ class Refs(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some pages of a fetched block, and the rows of queries that meet them."""
+    """Some pages of a fetched block, and the rows of a tile of queries that meet them."""
 
     refs: Refs
     config: KernelConfig
+    tile: Array | int
     rows: int
     num_pages: int
     slot: Array
@@ -124,7 +127,7 @@ class Chunk:
     def visibility(self, base: Array, first: Array, kv_end: Array, is_decode: bool) -> tuple[list[Array], list[Span]]:
         """For each page: what each row sees, bool [rows, 128], and the tokens [begin, end) that any row sees.
 
-        base: position of the block's first token; first: that of the query block.
+        base: position of the block's first token; first: that of the tile.
         """
         shape, window = (self.rows, LANES), self.config.window
         query = first
@@ -151,31 +154,37 @@ class Chunk:
         ]
         weights, decays = [], []
         for head, of_head in zip(heads, scores, strict=True):
-            before = refs.highest[head, rows]
+            before = refs.highest[self.tile, head, rows]
             highest = functools.reduce(jnp.maximum, of_head)
             after = jnp.maximum(before, jnp.max(highest, 1, keepdims=True))
             weights.append([jnp.exp2(score - after) for score in of_head])
             decays.append(jnp.exp2(before - after))
-            refs.highest[head, rows] = after
-            refs.total[head, rows] = refs.total[head, rows] * decays[-1] + sum(weights[-1][1:], weights[-1][0])
+            refs.highest[self.tile, head, rows] = after
+            refs.total[self.tile, head, rows] = refs.total[self.tile, head, rows] * decays[-1] + sum(
+                weights[-1][1:], weights[-1][0]
+            )
         products = [self._weighted_values(head, each, seen) for head, each in zip(heads, weights, strict=True)]
         for head, decay, of_head in zip(heads, decays, products, strict=True):
             for tile, product in enumerate(of_head):
                 lanes = slice(tile * LANES, (tile + 1) * LANES)
-                refs.acc[head, rows, lanes] = refs.acc[head, rows, lanes] * decay + product
+                refs.acc[self.tile, head, rows, lanes] = refs.acc[self.tile, head, rows, lanes] * decay + product
 
     def _scores(self, head: Array | int, index: int) -> Array:
         """[rows, 128] float32 against one page, times log2(e): their weights are powers of 2."""
         layout, planes = self.config.layout, self.config.planes
         parts = []
         for tile in range(layout.key_tiles):
-            query = self.refs.operand[head, : planes * self.rows, tile * LANES : (tile + 1) * LANES]
+            query = self.refs.operand[self.tile, head, : planes * self.rows, tile * LANES : (tile + 1) * LANES]
             keys = self._numbers(head, index, tile)
             parts.append(jax.lax.dot_general(query, keys, ROWS_DOT_ROWS, **self._accumulate()))
         product = sum(parts[1:], parts[0])
         if layout.dtype == "int8":
             numbers = (product[: self.rows] << 7) + product[self.rows :]
-            scores = numbers.astype(jnp.float32) * self.refs.q_scale[head, : self.rows] * self._scale_row(index, head)
+            scores = (
+                numbers.astype(jnp.float32)
+                * self.refs.q_scale[self.tile, head, : self.rows]
+                * self._scale_row(index, head)
+            )
         elif layout.dtype == "bfloat16":
             scores = product
         else:

@@ -85,6 +85,16 @@ class PageLayout:
         return 0 if self.dtype == "bfloat16" else round_up(2 * self.num_kv_heads, SUBLANES)
 
     @property
+    def fresh_words(self) -> int:
+        """Rows of words of a new token on its way to a page, without its scales: see token_insertion.py."""
+        return -(-self.num_kv_heads * self.num_tiles // self.tokens_per_word)
+
+    @property
+    def fresh_rows(self) -> int:
+        """Rows of a new token on its way to a page, padding included."""
+        return round_up(self.fresh_words + -(-self.scale_rows // LANES), SUBLANES)
+
+    @property
     def num_rows(self) -> int:
         """Rows of a page."""
         return self.data_rows + self.scale_rows

@@ -65,19 +65,13 @@ def unpack_pages(pages: Array, layout: PageLayout) -> tuple[Array, Array | None]
 
 
 def token_order(layout: PageLayout) -> Array:
-    """The token of each slot of a group; slot 4 r + b (or 2 r + b) is part b of row r's words.
+    """The token of each slot of a group; slot 4 r + b (or 2 r + b) is part b of row r's words."""
+    return jnp.array([token_of_slot(slot, layout) for slot in range(layout.group_tokens)])
 
-    e4m3 comes out of its words as the even slots, then the odd ones, so that these hold tokens 0 to 15 and 16 to 31.
-    """
-    order = jnp.arange(layout.group_tokens)
+
+def token_of_slot(slot: int, layout: PageLayout) -> int:
+    """e4m3 comes out of its words as the even slots, then the odd ones, so that these hold tokens 0 to 15 and 16 to 31;
+    all else in order. From a row of words to the next it is as many tokens for each part."""
     if layout.dtype == "float8_e4m3fn":
-        return order.reshape(2, -1).T.flatten()
-    return order
-
-
-def slot_of(token: Array | int, layout: PageLayout) -> Array | int:
-    """The slot of a token of a group: the inverse of `token_order`."""
-    if layout.dtype == "float8_e4m3fn":
-        half = layout.group_tokens // 2
-        return 2 * (token % half) + token // half
-    return token
+        return slot // 2 + slot % 2 * (layout.group_tokens // 2)
+    return slot

@@ -7,6 +7,7 @@ and probabilities, never keys and values. Source: arXiv 2604.15464 (ragged), 230
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,18 +16,20 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchinfer.kernels.tpu.attention_chunk import LOG2_E, KernelConfig
+from torchinfer.kernels.tpu.attention_chunk import LOG2_E, ROOM, KernelConfig
 from torchinfer.kernels.tpu.attention_plan import plan_attention
 from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, PageLayout, head_problem
-from torchinfer.kernels.tpu.page_packing import to_bits, to_tiles
 from torchinfer.kernels.tpu.ragged_attention_kernel import attention_kernel
+from torchinfer.kernels.tpu.token_insertion import fresh_rows
 
 CHUNK_BYTES = 9 * 2**17  # of pages that are computed at once, at most
 FETCH_BYTES = 2**21  # of pages that are fetched at once, at least: more than is on its way during the memory's latency
 MAX_CHUNK_PAGES = 16
-MAX_PREFILL_CHUNK_PAGES = 4
-PREFILL_ROWS = 128  # of queries for each KV head: the matrix unit's height
-VMEM_LIMIT_BYTES = 48 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
+PREFILL_CHUNK_PAGES = 4
+PREFILL_ROWS = 128  # of queries for each KV head that are computed at once: the matrix unit's height
+MAX_PREFILL_TOKENS = 256  # of a query block, which fetches all that it sees
+MAX_SCRATCH_BYTES = 36 * 2**20  # of 128 MiB a core on v5e, 64 MiB on v5p
+TEMPORARY_BYTES = 8 * 2**20  # what the compiler may take beside
 
 
 def make_config(
@@ -37,11 +40,13 @@ def make_config(
     soft_cap: float | None = None,
     num_cores: int = 1,
     fetch_pages: int | None = None,
+    max_prefill_tokens: int = MAX_PREFILL_TOKENS,
 ) -> KernelConfig:
     """The sizes of blocks for a model's heads.
 
     A decode computes as many pages at once as are about a mebibyte, a power of two up to 16: fewer leave the matrix
-    unit waiting for itself. It fetches whole chunks, at least two mebibytes.
+    unit waiting for itself. It fetches whole chunks, at least two mebibytes. A query block of a prompt has as many
+    tokens as fit the chip's memory: all of them meet the pages that it fetches, a tile after the other.
 
     Raises:
         ValueError: for heads, a dtype or a window that the kernel cannot take.
@@ -54,12 +59,39 @@ def make_config(
         raise ValueError(f"window={window} lets a token see nothing; it must be at least 1")
     fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= CHUNK_BYTES]
     chunk = min(fits[0] if fits else 1, fetch_pages or MAX_CHUNK_PAGES)
-    fetch = fetch_pages or chunk * -(-FETCH_BYTES // (chunk * layout.page_bytes))
-    if fetch % chunk:
-        raise ValueError(f"fetch_pages={fetch} is no multiple of the {chunk} pages that are computed at once")
-    prefill_tokens = min(32, max(SUBLANES, PREFILL_ROWS // (num_heads // heads) // SUBLANES * SUBLANES))
-    prefill_chunk = min(chunk, MAX_PREFILL_CHUNK_PAGES)
-    return KernelConfig(layout, num_heads, fetch, chunk, prefill_chunk, prefill_tokens, window, soft_cap, num_cores)
+    prefill_chunk = min(PREFILL_CHUNK_PAGES, fetch_pages or PREFILL_CHUNK_PAGES)
+    multiple = max(chunk, prefill_chunk)  # powers of two
+    fetch = fetch_pages or multiple * -(-FETCH_BYTES // (multiple * layout.page_bytes))
+    if fetch % chunk or fetch % prefill_chunk:
+        raise ValueError(f"fetch_pages={fetch} is no multiple of the {multiple} pages that are computed at once")
+    whole = max(SUBLANES, min(PREFILL_ROWS // (num_heads // heads), max_prefill_tokens) // SUBLANES * SUBLANES)
+    configs = [
+        KernelConfig(layout, num_heads, fetch, chunk, prefill_chunk, count * tile, tile, window, soft_cap, num_cores)
+        for tile in (whole, *[size for size in (64, 32, 16, 8) if size < whole])
+        for count in range(max(max_prefill_tokens // tile, 1), 0, -1)
+    ]
+    return next((config for config in configs if scratch_bytes(config) <= MAX_SCRATCH_BYTES), configs[-1])
+
+
+def scratch_bytes(config: KernelConfig) -> int:
+    """Of a core's VMEM, what the kernel keeps there itself."""
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in _scratch(config))
+
+
+def _scratch(config: KernelConfig) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and dtypes of kv, q, fresh, result, operand, q_scale, highest, total and acc."""
+    layout, most, width = config.layout, config.prefill_tokens, config.key_width
+    rows = config.rows(config.tile_tokens)
+    tiles = (config.num_tiles, layout.num_kv_heads)
+    return [
+        ((2, config.fetch_pages, layout.num_rows, LANES), "int32"),
+        ((2, most, config.query_heads, width), "float32"),
+        ((2, (most + 2 * ROOM + SUBLANES) * layout.fresh_rows, LANES), "int32"),
+        ((most, config.out_heads, width), "float32"),
+        ((*tiles, config.planes * rows, width), "int8" if layout.dtype == "int8" else "bfloat16"),
+        *[((*tiles, rows, LANES), "float32")] * 3,
+        ((*tiles, rows, width), "float32"),
+    ]
 
 
 def ragged_paged_attention(
@@ -96,32 +128,17 @@ def ragged_paged_attention(
         window=config.window,
         num_cores=config.num_cores,
     )
-    room = (0, config.prefill_tokens)  # a query block may begin at the last token
-    widths = (room, (0, config.query_heads - num_heads), (0, config.key_width - head_dim))
+    widths = ((0, 0), (0, config.query_heads - num_heads), (0, config.key_width - head_dim))
     # Weights are powers of 2; behind a soft cap the kernel multiplies by log2(e) itself.
     factor = scale if config.soft_cap is not None else scale * LOG2_E
     queries = jnp.pad(query.astype(jnp.float32) * factor, widths)
-    new = jnp.pad(fresh_rows(key, value, key_scale, value_scale, layout), (room, (0, 0), (0, 0)))
+    new = fresh_rows(key, value, key_scale, value_scale, layout)
     out, pages = _call(config, num_tokens, pages.shape, page_table.shape, interpret)(
         *plan, page_table, queries, new, pages
     )
     lane = layout.value_lane
     is_live = jnp.arange(num_tokens) < jnp.where(kv_length > 0, query_start[1:], 0).max()
     return jnp.where(is_live[:, None, None], out[:, :num_heads, lane : lane + head_dim], 0), pages
-
-
-def fresh_rows(
-    key: Array, value: Array, key_scale: Array | None, value_scale: Array | None, layout: PageLayout
-) -> Array:
-    """New tokens as the kernel inserts them: int32 [T, rows, 128], bits of numbers, then scales in all lanes."""
-    num_tokens = key.shape[0]
-    words = to_bits(to_tiles(key, value, layout)).reshape(num_tokens, -1, LANES)
-    words = jnp.pad(words, ((0, 0), (0, -words.shape[1] % SUBLANES), (0, 0)))
-    if key_scale is None or value_scale is None:
-        return words
-    bits = jax.lax.bitcast_convert_type(jnp.concatenate((key_scale, value_scale), 1), jnp.int32)
-    bits = jnp.pad(bits, ((0, 0), (0, layout.scale_rows - bits.shape[1])))
-    return jnp.concatenate((words, jnp.broadcast_to(bits[:, :, None], (*bits.shape, LANES))), 1)
 
 
 def _check(query: Array, key: Array, pages: Array, page_table: Array, config: KernelConfig) -> None:
@@ -141,21 +158,11 @@ def _check(query: Array, key: Array, pages: Array, page_table: Array, config: Ke
 def _call(
     config: KernelConfig, num_tokens: int, pages_shape: tuple[int, ...], table_shape: tuple[int, ...], interpret: Any
 ) -> Any:
-    layout, most = config.layout, config.prefill_tokens
-    heads, rows, width = layout.num_kv_heads, config.rows(most), config.key_width
-    operand = jnp.int8 if layout.dtype == "int8" else jnp.bfloat16
+    width = config.key_width
     scratch = [
-        pltpu.VMEM((2, config.fetch_pages, layout.num_rows, LANES), jnp.int32),
-        pltpu.VMEM((2, most, config.query_heads, width), jnp.float32),
-        pltpu.VMEM((2, most, config.fresh_rows, LANES), jnp.int32),
-        pltpu.VMEM((most, config.out_heads, width), jnp.float32),
-        pltpu.VMEM((heads, config.planes * rows, width), operand),
-        *[pltpu.VMEM((heads, rows, LANES), jnp.float32) for _ in ("q_scale", "m", "l")],
-        pltpu.VMEM((heads, rows, width), jnp.float32),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SemaphoreType.DMA,
-        pltpu.SemaphoreType.DMA,
+        *[pltpu.VMEM(shape, jnp.dtype(dtype)) for shape, dtype in _scratch(config)],
+        *[pltpu.SemaphoreType.DMA((2,)) for _ in ("kv", "q")],
+        *[pltpu.SemaphoreType.DMA for _ in ("out", "write")],
     ]
     in_hbm = pl.BlockSpec(memory_space=pltpu.ANY)
     seen = _pages_seen(config, num_tokens, pages_shape[0], *table_shape)
@@ -175,7 +182,7 @@ def _call(
         input_output_aliases={5: 1},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel" if config.num_cores > 1 else "arbitrary",),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            vmem_limit_bytes=scratch_bytes(config) + TEMPORARY_BYTES,
             disable_bounds_checks=True,  # half of what it takes to start a copy; pages are ours, not a request's
         ),
         cost_estimate=_cost(config, num_tokens, table_shape[0], seen),
@@ -186,7 +193,7 @@ def _call(
 
 def _pages_seen(config: KernelConfig, num_tokens: int, num_pages: int, num_rows: int, table_width: int) -> int:
     """Pages that all query blocks fetch, if every row decodes behind a full page table, as far as there are pages, and
-    tokens beyond one a row are those of prompts, in whole query blocks, behind full tables too."""
+    tokens beyond one a row are those of a prompt, in query blocks behind full tables too."""
     width = table_width
     if config.window is not None:
         width = min(width, -(-(config.window - 1) // PAGE_SIZE) + 1)
@@ -195,9 +202,9 @@ def _pages_seen(config: KernelConfig, num_tokens: int, num_pages: int, num_rows:
 
 
 def _query_blocks(config: KernelConfig, num_tokens: int, num_rows: int) -> tuple[int, int]:
-    """Of decodes and of prefills, if every row decodes and all other tokens are those of prompts."""
+    """Of decodes and of prefills, if every row decodes and all other tokens are those of a prompt."""
     num_decodes = min(num_rows, num_tokens)
-    return num_decodes, (num_tokens - num_decodes) // config.prefill_tokens
+    return num_decodes, -(-(num_tokens - num_decodes) // config.prefill_tokens)
 
 
 def _cost(config: KernelConfig, num_tokens: int, num_rows: int, num_pages_seen: int) -> pl.CostEstimate:
@@ -205,7 +212,7 @@ def _cost(config: KernelConfig, num_tokens: int, num_rows: int, num_pages_seen: 
     results; of each query block the groups of tokens that are written back, which may begin in the middle of one, and
     a page's scales."""
     layout = config.layout
-    numbers = (config.query_heads + config.out_heads) * config.key_width + config.fresh_rows * LANES
+    numbers = (config.query_heads + config.out_heads) * config.key_width + config.layout.fresh_rows * LANES
     num_decodes, num_prefills = _query_blocks(config, num_tokens, num_rows)
     groups = num_decodes + num_prefills * (-(-config.prefill_tokens // layout.group_tokens) + 1)
     changed = groups * layout.group_rows + (num_decodes + num_prefills) * layout.scale_rows

@@ -16,10 +16,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, Chunk, KernelConfig, Refs
+from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, ROOM, Chunk, KernelConfig, Refs
 from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
-from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES, round_up
-from torchinfer.kernels.tpu.page_packing import slot_of
+from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES
+from torchinfer.kernels.tpu.token_insertion import Insertion
 
 COPIES_AT_ONCE = 4  # of pages, whose scalar work overlaps
 HEADS_AT_ONCE = 8  # whose work is interleaved: more have too many values for the registers
@@ -40,8 +40,7 @@ class _Phase:
         self.refs, self.config, self.layout = refs, config, config.layout
         self.is_decode = phase == DECODE
         self.phase = phase
-        self.num_tokens = 1 if self.is_decode else config.prefill_tokens
-        self.rows = config.rows(self.num_tokens)
+        self.rows = config.rows(1 if self.is_decode else config.tile_tokens)
         self.chunk = config.decode_chunk if self.is_decode else config.prefill_chunk
 
     def run(self, core: Array) -> None:
@@ -57,12 +56,8 @@ class _Phase:
         pl.when(begin < end)(all_blocks)
 
     def _query_block(self, index: Array, step: Array, begin: Array, end: Array) -> Array:
-        rows = slice(0, self.rows)
         self._copy_queries(index, (index - begin) % 2, _wait)
-        self._prepare_queries((index - begin) % 2)
-        self.refs.highest[:, rows] = jnp.full((self.layout.num_kv_heads, self.rows, LANES), MASKED, jnp.float32)
-        self.refs.total[:, rows] = jnp.zeros((self.layout.num_kv_heads, self.rows, LANES), jnp.float32)
-        self.refs.acc[:, rows] = jnp.zeros((self.layout.num_kv_heads, self.rows, self.config.key_width), jnp.float32)
+        self._for_tiles(index, lambda tile: self._prepare_queries(tile, (index - begin) % 2))
 
         def one(block: Array, step: Array) -> Array:
             self._block(index, block, step, begin, end)
@@ -75,9 +70,17 @@ class _Phase:
 
         pl.when(index > begin)(wait_for_result)
 
-        self._finish()
+        self._for_tiles(index, self._finish)
         self._copy_result(index, _start)
         return step
+
+    def _for_tiles(self, index: Array, one: Callable[[Array | int], None]) -> None:
+        """Do it for each tile that has tokens."""
+        if self.is_decode or self.config.num_tiles == 1:
+            one(0)
+            return
+        num_tiles = pl.cdiv(self._field(NUM_TOKENS, index), self.config.tile_tokens)
+        jax.lax.fori_loop(0, num_tiles, lambda tile, _: one(tile), None)
 
     def _block(self, index: Array, block: Array, step: Array, begin: Array, end: Array) -> None:
         slot, q_slot = step % 2, (index - begin) % 2
@@ -121,15 +124,20 @@ class _Phase:
         return pl.cdiv(self._field(KV_END, index), self.config.block_tokens)
 
     def _copy_queries(self, index: Array, slot: Array | int, action: Action) -> None:
-        """Queries and new tokens of a query block; behind its last token come others, which are computed in vain."""
-        tokens = pl.ds(self._field(TOKEN, index), self.num_tokens)
-        here = pl.ds(0, self.num_tokens)
-        refs = self.refs
-        action(pltpu.make_async_copy(refs.query.at[tokens], refs.q.at[slot, here], refs.q_sem.at[slot]))
-        action(pltpu.make_async_copy(refs.new.at[tokens], refs.fresh.at[slot, here], refs.q_sem.at[slot]))
+        """Queries and new tokens of a query block."""
+        refs, size, token = self.refs, self.layout.fresh_rows, self._field(TOKEN, index)
+        count = self._count(index)
+        queries = refs.query.at[pl.ds(token, count)], refs.q.at[slot, pl.ds(0, count)]
+        rows = pl.ds(pl.multiple_of(token * size, SUBLANES), pl.multiple_of(count * size, SUBLANES))
+        here = pl.ds(ROOM * size, pl.multiple_of(count * size, SUBLANES))
+        action(pltpu.make_async_copy(*queries, refs.q_sem.at[slot]))
+        action(pltpu.make_async_copy(refs.new.at[rows], refs.fresh.at[slot, here], refs.q_sem.at[slot]))
+
+    def _count(self, index: Array) -> Array | int:
+        return 1 if self.is_decode else self._field(NUM_TOKENS, index)
 
     def _copy_result(self, index: Array, action: Action) -> None:
-        count = 1 if self.is_decode else self._field(NUM_TOKENS, index)
+        count = self._count(index)
         tokens = pl.ds(self._field(TOKEN, index), count)
         refs = self.refs
         action(pltpu.make_async_copy(refs.result.at[pl.ds(0, count)], refs.out.at[tokens], refs.out_sem))
@@ -168,38 +176,9 @@ class _Phase:
 
     def _insert_new_tokens(self, index: Array, block: Array, slot: Array, q_slot: Array) -> None:
         """Put the query block's own tokens into the fetched pages."""
-        kv_end, base = self._field(KV_END, index), block * self.config.block_tokens
-        first = kv_end - self._field(NUM_TOKENS, index) - base
-
-        def one(at: Array, _: None) -> None:
-            self._insert(at, at - first, slot, q_slot)
-
-        jax.lax.fori_loop(*self._new_range(index, block), one, None)
-
-    def _insert(self, at: Array, token: Array, slot: Array, q_slot: Array) -> None:
-        """Put one token into the block's position `at`."""
-        layout, kv, fresh = self.layout, self.refs.kv, self.refs.fresh
-        page, in_page = at // PAGE_SIZE, at % PAGE_SIZE
-        where = slot_of(in_page % layout.group_tokens, layout)
-        width = 32 // layout.tokens_per_word
-        shift = (where % layout.tokens_per_word) * width
-        keep = ~jnp.left_shift(jnp.int32(2**width - 1), shift)
-        shape = (SUBLANES, LANES)
-        is_row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == where // layout.tokens_per_word
-        num_words = layout.num_kv_heads * layout.num_tiles
-        for tile in range(num_words):
-            row = (in_page // layout.group_tokens) * layout.group_rows + tile * SUBLANES
-            rows = pl.ds(pl.multiple_of(row, SUBLANES), SUBLANES)
-            new = jnp.left_shift(jnp.broadcast_to(fresh[q_slot, token, tile : tile + 1], shape), shift)
-            old = kv[slot, page, rows]
-            kv[slot, page, rows] = jnp.where(is_row, (old & keep) | new, old)
-        is_lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1) == in_page
-        for row in range(0, layout.scale_rows, SUBLANES):
-            rows = pl.ds(layout.data_rows + row, SUBLANES)
-            start = round_up(num_words, SUBLANES) + row
-            kv[slot, page, rows] = jnp.where(
-                is_lane, fresh[q_slot, token, start : start + SUBLANES], kv[slot, page, rows]
-            )
+        end = self._field(KV_END, index) - block * self.config.block_tokens
+        first = end - self._field(NUM_TOKENS, index)
+        Insertion(self.refs, self.config, slot, q_slot, first, end).insert(*self._new_range(index, block))
 
     def _copy_changed(self, index: Array, block: Array, slot: Array, action: Action) -> None:
         """Send the groups of tokens that hold new ones back to their pages, and those pages' scales."""
@@ -225,60 +204,76 @@ class _Phase:
 
         pl.when(begin < end)(each)
 
-    def _prepare_queries(self, slot: Array) -> None:
-        """Bring a query block's queries into rows for each KV head, quantized where the cache is int8."""
-        config, refs = self.config, self.refs
-        for head in range(self.layout.num_kv_heads):
-            first = head * config.group_size
-            if self.is_decode:
-                x = refs.q[slot, 0, first : first + self.rows]
-            elif config.group_size == 1:
-                refs.acc[head] = refs.q[slot, :, first]  # through memory, to become rows of whole tiles
-                x = refs.acc[head]
-            else:
-                x = refs.q[slot, :, first : first + config.group_size].reshape(self.rows, config.key_width)
+    def _prepare_queries(self, tile: Array | int, slot: Array) -> None:
+        """Bring a tile's queries into rows of KV heads, quantized where the cache is int8, and set sums to zero."""
+        config, refs, rows = self.config, self.refs, slice(0, self.rows)
+        heads = self.layout.num_kv_heads
+        for head in range(heads):
+            x = self._queries(tile, slot, head)
             if self.layout.dtype == "int8":
                 scale = jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), 1e-30) * (1 / LARGEST)
                 numbers = jnp.floor(x / scale + 0.5).astype(jnp.int32)
                 high = (numbers + 64) >> 7
                 planes = jnp.concatenate((high, numbers - high * 128))
-                refs.operand[head, : 2 * self.rows] = planes.astype(jnp.int8)
-                refs.q_scale[head, : self.rows] = jnp.broadcast_to(scale, (self.rows, LANES))
+                refs.operand[tile, head, : 2 * self.rows] = planes.astype(jnp.int8)
+                refs.q_scale[tile, head, rows] = jnp.broadcast_to(scale, (self.rows, LANES))
             elif self.layout.dtype == "bfloat16":
-                refs.operand[head, : self.rows] = x.astype(jnp.bfloat16)
+                refs.operand[tile, head, rows] = x.astype(jnp.bfloat16)
             else:
-                refs.operand[head, : self.rows] = (x * E4M3_SHIFT).astype(jnp.bfloat16)
+                refs.operand[tile, head, rows] = (x * E4M3_SHIFT).astype(jnp.bfloat16)
+        refs.highest[tile, :, rows] = jnp.full((heads, self.rows, LANES), MASKED, jnp.float32)
+        refs.total[tile, :, rows] = jnp.zeros((heads, self.rows, LANES), jnp.float32)
+        refs.acc[tile, :, rows] = jnp.zeros((heads, self.rows, config.key_width), jnp.float32)
 
-    def _finish(self) -> None:
-        config, refs = self.config, self.refs
+    def _queries(self, tile: Array | int, slot: Array, head: int) -> Array:
+        """[rows, key_width] float32 of a KV head."""
+        config, refs, first = self.config, self.refs, head * self.config.group_size
+        if self.is_decode:
+            x: Array = refs.q[slot, 0, first : first + self.rows]
+            return x
+        tokens = self._tile_tokens(tile)
+        if config.group_size == 1:
+            refs.acc[tile, head] = refs.q[slot, tokens, first]  # through memory, to become rows of whole tiles
+            x = refs.acc[tile, head]
+            return x
+        return refs.q[slot, tokens, first : first + config.group_size].reshape(self.rows, config.key_width)
+
+    def _tile_tokens(self, tile: Array | int) -> Any:
+        return pl.ds(tile * self.config.tile_tokens, self.config.tile_tokens)
+
+    def _finish(self, tile: Array | int) -> None:
+        config, refs, tokens = self.config, self.refs, self._tile_tokens(tile)
         for head in range(self.layout.num_kv_heads):
-            total = jnp.sum(refs.total[head, : self.rows], 1, keepdims=True)
-            result = refs.acc[head, : self.rows] / total
+            total = jnp.sum(refs.total[tile, head, : self.rows], 1, keepdims=True)
+            result = refs.acc[tile, head, : self.rows] / total
             heads = slice(head * config.group_size, (head + 1) * config.group_size)
             if self.is_decode:
                 refs.result[0, heads] = result[: config.group_size]
             elif config.group_size == 1:
-                refs.result[:, head] = result
+                refs.result[tokens, head] = result
             else:
-                refs.result[:, heads] = result.reshape(self.num_tokens, config.group_size, config.key_width)
+                refs.result[tokens, heads] = result.reshape(config.tile_tokens, config.group_size, config.key_width)
 
     def _attend(self, index: Array, block: Array, slot: Array) -> None:
         begin, end = self._page_range(index, block)
-        first = self._field(KV_END, index) - self._field(NUM_TOKENS, index)
+
+        def chunk(number: Array, _: None) -> None:
+            self._for_tiles(index, lambda tile: self._attend_chunk(index, block, slot, number * self.chunk, tile))
+
+        jax.lax.fori_loop(begin // self.chunk, pl.cdiv(end, self.chunk), chunk, None)
+
+    def _attend_chunk(self, index: Array, block: Array, slot: Array, page: Array, tile: Array | int) -> None:
+        first = self._field(KV_END, index) - self._field(NUM_TOKENS, index) + tile * self.config.tile_tokens
+        chunk = Chunk(self.refs, self.config, tile, self.rows, self.chunk, slot, page)
         base = block * self.config.block_tokens
-
-        def one(chunk: Array, _: None) -> None:
-            chunk_of = Chunk(self.refs, self.config, self.rows, self.chunk, slot, chunk * self.chunk)
-            visible = chunk_of.visibility(base, first, self._field(KV_END, index), self.is_decode)
-            if self.is_decode:
-                heads = list(range(self.layout.num_kv_heads))
-                for start in range(0, len(heads), HEADS_AT_ONCE):
-                    chunk_of.attend(heads[start : start + HEADS_AT_ONCE], *visible)
-            else:
-                for_each = functools.partial(jax.lax.fori_loop, 0, self.layout.num_kv_heads)
-                for_each(lambda head, _: chunk_of.attend([head], *visible), None)
-
-        jax.lax.fori_loop(begin // self.chunk, pl.cdiv(end, self.chunk), one, None)
+        visible = chunk.visibility(base, first, self._field(KV_END, index), self.is_decode)
+        if self.is_decode:
+            heads = list(range(self.layout.num_kv_heads))
+            for start in range(0, len(heads), HEADS_AT_ONCE):
+                chunk.attend(heads[start : start + HEADS_AT_ONCE], *visible)
+        else:
+            for_each = functools.partial(jax.lax.fori_loop, 0, self.layout.num_kv_heads)
+            for_each(lambda head, _: chunk.attend([head], *visible), None)
 
 
 def _start(copy: Any) -> None:

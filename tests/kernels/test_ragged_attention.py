@@ -21,7 +21,12 @@ from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout  # noqa: E402
 from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages  # noqa: E402
-from torchinfer.kernels.tpu.ragged_attention import make_config, ragged_paged_attention  # noqa: E402
+from torchinfer.kernels.tpu.ragged_attention import (  # noqa: E402
+    MAX_SCRATCH_BYTES,
+    make_config,
+    ragged_paged_attention,
+    scratch_bytes,
+)
 
 DTYPES = {"int8": torch.int8, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 # Of the largest value: int8 has weights of 14 bits; bfloat16 ones of 8, as have queries.
@@ -136,9 +141,26 @@ def test_a_long_sequence_among_short_ones_over_two_cores():
     assert_equal(*run(LONG_AMONG_SHORT, 8, 1, 128, "int8", num_cores=2, fetch_pages=4, window=1000), "int8")
 
 
-@pytest.mark.parametrize("num_cores", [1, 2])
-def test_query_blocks_of_one_row_see_what_the_ones_before_wrote(num_cores):
-    assert_equal(*run(PREFILLS, 4, 1, 64, "int8", num_cores, fetch_pages=1), "int8")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype", "num_cores"),
+    [(16, 1, "int8", 1), (16, 1, "bfloat16", 2), (3, 3, "float8_e4m3fn", 2)],  # of 3 tiles of 8 tokens, of one of 24
+)
+def test_query_blocks_of_one_row_see_what_the_ones_before_wrote(heads, kv_heads, dtype, num_cores):
+    assert_equal(*run(PREFILLS, heads, kv_heads, 64, dtype, num_cores, fetch_pages=1, max_prefill_tokens=24), dtype)
+
+
+def test_a_query_block_of_many_tiles_sees_all_before_each_token_and_no_more_than_its_window():
+    assert_equal(*run(PREFILLS, 16, 2, 64, "int8", fetch_pages=2, window=50), "int8")
+
+
+def test_scales_of_more_heads_than_a_row_has_lanes():
+    assert_equal(*run([(3, 126)], 66, 66, 16, "int8", fetch_pages=1), "int8")
+
+
+def test_a_query_block_has_the_tokens_that_its_memory_holds():
+    few, many = (make_config(PageLayout(heads, 128, "int8"), heads) for heads in (8, 64))
+    assert few.prefill_tokens == 256 and many.prefill_tokens < 128
+    assert max(map(scratch_bytes, (few, many))) <= MAX_SCRATCH_BYTES
 
 
 def test_a_step_without_tokens_changes_nothing():

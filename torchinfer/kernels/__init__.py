@@ -173,9 +173,11 @@ def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: st
         decode_chunk=config.decode_chunk,
         prefill_chunk=config.prefill_chunk,
         prefill_tokens=config.prefill_tokens,
+        num_tiles=config.num_tiles,
         copies_at_once=importlib.import_module("torchinfer.kernels.tpu.ragged_attention_kernel").COPIES_AT_ONCE,
         num_kv_heads=num_kv_heads,
         group_tokens=layout.group_tokens,
+        has_scales=layout.scale_rows > 0,
     )
 
 

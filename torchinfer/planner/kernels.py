@@ -76,7 +76,7 @@ def _attention(call: KernelCall, kernel: aot.Kernel, part: Footprint, num_cores:
     blocks = kernels.attention_blocks(config.num_heads, config.num_kv_heads, config.head_dim, pages.dtype)
     num_tokens, num_rows = sizes_of(call.results[0])[0], sizes_of(call.operands[PAGE_TABLE])[0]
     num_decodes = min(num_rows, num_tokens)
-    num_prefills = (num_tokens - num_decodes) // blocks.prefill_tokens
+    num_prefills = -(-(num_tokens - num_decodes) // blocks.prefill_tokens)
     num_pages = call.stated["transcendentals"] // (config.num_heads * pages.num_tokens)
     each = -(-num_pages // (num_decodes + num_prefills))
     return round(AttentionBundles(kernel, blocks).call(num_decodes / num_cores, num_prefills / num_cores, each))
