@@ -29,7 +29,7 @@ from cpu_linear import read_bandwidth
 from loading_plot import plot_bars
 
 WORKER = Path(__file__).with_name("cpu_peers_worker.py")
-PEERS = ("llama.cpp", "vllm", "openvino", "transformers")
+PEERS = ("llama.cpp", "vllm", "openvino", "ctranslate2", "onnxruntime", "transformers")
 TASKS = {
     "b1": {"requests": 1, "prompt": 128, "new": 64},
     "b8": {"requests": 8, "prompt": 128, "new": 32},
@@ -111,6 +111,16 @@ def cases(work: Path, model: str, peers: list[str], bits: list[int]) -> list[Cas
         "openvino": lambda: [
             Case("openvino", kind, size, prepared.python_of(work, "openvino"), prepared.openvino(work, model, kind))
             for kind, size in (("fp16", 16), ("int8", 8), ("int4", 4))
+            if size in bits
+        ],
+        "ctranslate2": lambda: [
+            Case("ctranslate2", kind, size, prepared.python_of(work, "export"), prepared.ctranslate2(work, model, kind))
+            for kind, size in (("bfloat16", 16), ("int8", 8))
+            if size in bits
+        ],
+        "onnxruntime": lambda: [
+            Case("onnxruntime", kind, size, prepared.python_of(work, "onnxruntime"), prepared.onnx(work, model, kind))
+            for kind, size in (("int8", 8), ("int4", 4))
             if size in bits
         ],
         "transformers": lambda: [Case("transformers", "bf16", 16, own, source)],

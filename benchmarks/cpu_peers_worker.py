@@ -220,6 +220,56 @@ class OpenVino:
         return times
 
 
+class CTranslate2:
+    """CTranslate2's generator."""
+
+    def __init__(self, model: str, options: dict[str, str]) -> None:
+        os.environ["CT2_FORCE_CPU_ISA"] = "AVX512"  # by itself it takes AVX2 on AMD's processors
+        import ctranslate2
+
+        self._generator = ctranslate2.Generator(model, device="cpu", intra_threads=THREADS, inter_threads=1)
+        self._words = json.loads((Path(model) / "vocabulary.json").read_text())
+
+    def generate(self, prompts: list[list[int]], num_new: int) -> Times:
+        times: Times = [[] for _ in prompts]
+
+        def note(step: Any) -> bool:
+            times[step.batch_id].append(time.perf_counter())
+            return False
+
+        words = [[self._words[token] for token in prompt] for prompt in prompts]
+        lengths = {"max_length": num_new, "min_length": num_new, "include_prompt_in_result": False}
+        self._generator.generate_batch(words, **lengths, callback=note)
+        return times
+
+
+class OnnxRuntime:
+    """ONNX Runtime GenAI."""
+
+    def __init__(self, model: str, options: dict[str, str]) -> None:
+        import onnxruntime_genai
+
+        self._genai = onnxruntime_genai
+        config = onnxruntime_genai.Config(model)
+        session = {"intra_op_num_threads": THREADS}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self._model = onnxruntime_genai.Model(config)
+
+    def generate(self, prompts: list[list[int]], num_new: int) -> Times:
+        import numpy as np
+
+        length, times = len(prompts[0]) + num_new, []
+        params = self._genai.GeneratorParams(self._model)
+        params.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=len(prompts))
+        generator = self._genai.Generator(self._model, params)
+        generator.append_tokens(np.array(prompts, np.int32))
+        for _ in range(num_new):
+            generator.generate_next_token()
+            generator.get_next_tokens()
+            times.append(time.perf_counter())
+        return [times] * len(prompts)
+
+
 class Transformers:
     """transformers' generate, in bfloat16."""
 
@@ -258,6 +308,8 @@ ENGINES: dict[str, type[Any]] = {
     "llama.cpp": LlamaCpp,
     "vllm": Vllm,
     "openvino": OpenVino,
+    "ctranslate2": CTranslate2,
+    "onnxruntime": OnnxRuntime,
     "transformers": Transformers,
 }
 
