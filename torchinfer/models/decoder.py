@@ -131,7 +131,8 @@ class Decoder(nn.Module):
         copy = 0 if self.head is None or self.head_scheme is None else self.embedding.weight.numel()
         matrices = [module for module in self.modules() if isinstance(module, QuantizedMatrix)]
         prepared = [matrix for matrix in self._matrices() if not isinstance(matrix, nn.Module | nn.Parameter)]
-        return sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared)) - copy
+        total: int = sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared))
+        return total - copy
 
     def _matrices(self) -> list[Any]:
         """Of all layers: a parameter, a QuantizedMatrix, or what the device's kernels made of them."""
