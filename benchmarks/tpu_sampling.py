@@ -24,15 +24,18 @@ def ours(rows: int, size: int) -> float:
     """Milliseconds of the kernel, if every bundle takes a cycle."""
     import jax
 
+    from torchinfer.kernels.tpu.page_layout import SUBLANES
     from torchinfer.kernels.tpu.sample_kernel import CHUNK, CHUNKS_AT_ONCE, sample_tokens
 
     shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((rows, size), (rows, 5))]
     compiled = aot.compile_jax(sample_tokens, shapes, TOPOLOGY, dump_bundles=True)
     kernel = max(compiled.kernels.values(), key=lambda kernel: kernel.num_bundles)
-    (grid,) = kernel.inside(None)
+    # As many rows as a step of the grid takes, or fewer: there is no loop over its steps.
+    grid = kernel.grid_loop if rows > SUBLANES else None
+    num_bundles = kernel.num_bundles if grid is None else grid.num_bundles
     rounds = size / (CHUNK * CHUNKS_AT_ONCE)
     parts = kernel.inside(grid)
-    bundles = grid.num_bundles - sum(part.num_bundles for part in parts)
+    bundles = num_bundles - sum(part.num_bundles for part in parts)
     halvings = iter((32, 32, (size - 1).bit_length()))  # of numbers for top-k and top-p, of ids
     for part in parts:
         passes = kernel.inside(part)
@@ -41,7 +44,7 @@ def ours(rows: int, size: int) -> float:
             continue
         inner = sum(each.num_bundles for each in passes)
         bundles += next(halvings) * (part.num_bundles - inner + rounds * inner)
-    return -(-rows // 8) * bundles / CLOCK_HZ * 1e3
+    return -(-rows // SUBLANES) * bundles / CLOCK_HZ * 1e3
 
 
 def by_xla(rows: int, size: int) -> float:

@@ -108,8 +108,8 @@ LAYERS = (
     ("torchinfer.evaluation.options", "torchinfer.planner.options"),
     ("torchinfer.attention_bundles", "torchinfer.kernel_calls"),
     ("torchinfer.aot", "torchinfer.aot_compiler", "torchinfer.hbm_traffic"),
-    ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     ("torchinfer.xla_program",),
+    ("torchinfer.batch", "torchinfer.config", "torchinfer.device", "torchinfer.flags", "torchinfer.request"),
     ("torchinfer.spmd",),
     (
         "torchinfer.errors",

@@ -154,19 +154,6 @@ def whole_shape(share: Sequence[int], dim: int, num_chips: int) -> torch.Size:
     return torch.Size(size * num_chips if at == dim else size for at, size in enumerate(share))
 
 
-def renewed(tensor: Tensor) -> Tensor:
-    """The same memory as a new tensor, to call a function with that will be traced; waits until it is there.
-
-    torch_xla 2.9 finds the inputs of a program by a mark on their memory. Of memory on several chips it takes the mark
-    away when it has traced a program, so that the next program would have the values of now as constants.
-    """
-    import torch_xla.core.xla_model as xla_model
-
-    xla_model.wait_device_ops()
-    _, (same,) = _xlac()._get_tensors_xla_device_data_node([tensor])
-    return _tensor(same)
-
-
 def to_local(tensor: Tensor, dim: int, num_chips: int) -> Tensor:
     """A chip's share of a tensor that was put in its place before the program."""
     return _tensor(torch.ops.torchinfer.spmd_to_local(tensor, dim, num_chips))

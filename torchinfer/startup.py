@@ -78,18 +78,9 @@ def start_engine(config: EngineConfig) -> Engine:
     page_size = resolve_page_size(config.page_size, pages)
     tokenizer = load_tokenizer(config.model)
     model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
-    bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
     kernels.load_ports(device.type)
-    memory = None
-    if device.type == "cuda" and isinstance(model, Decoder):
-        memory = _measure_memory(config, model, page_size, kv_cache_dtype, device, max_model_len)
-    used = model.share_bytes if isinstance(model, DividedModel) else 0
-    free = free_memory_bytes(device, used) if memory is None else memory.free
-    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
-    size, name = num_pages * bytes_per_page, _name(kv_cache_dtype)
-    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, page_size, name, size / MIB)
-    if memory is not None:
-        memory = replace(memory, cache=size)
+    bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
+    num_pages, memory = _plan_cache(config, model, page_size, bytes_per_page, kv_cache_dtype, device, max_model_len)
     kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, config.tensor_parallel_size)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
     runner = _runner(config, model, kv_caches, page_size, device, max_model_len, memory)
@@ -103,7 +94,7 @@ def start_engine(config: EngineConfig) -> Engine:
         num_pages=num_pages,
         page_size=page_size,
         max_num_requests=config.max_num_requests,
-        kv_cache_dtype=name,
+        kv_cache_dtype=_name(kv_cache_dtype),
     )
     return Engine(scheduler, runner, info, tokenizer, config.seed)
 
@@ -217,6 +208,27 @@ def _runner(
     from torchinfer.xla_runner import XlaRunner
 
     return XlaRunner(model, kv_caches, page_size, device, **sizes)
+
+
+def _plan_cache(
+    config: EngineConfig,
+    model: Decoder | DividedModel,
+    page_size: int,
+    bytes_per_page: int,
+    kv_cache_dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+) -> tuple[int, MemoryPlan | None]:
+    """How many pages the cache has, and, on CUDA, where all memory goes."""
+    memory = None
+    if device.type == "cuda" and isinstance(model, Decoder):
+        memory = _measure_memory(config, model, page_size, kv_cache_dtype, device, max_model_len)
+    used = model.share_bytes if isinstance(model, DividedModel) else 0
+    free = free_memory_bytes(device, used) if memory is None else memory.free
+    num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
+    size, name = num_pages * bytes_per_page, _name(kv_cache_dtype)
+    logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, page_size, name, size / MIB)
+    return num_pages, memory if memory is None else replace(memory, cache=size)
 
 
 def _measure_memory(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchinfer import spmd
+from torchinfer.device import flush
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -70,12 +70,13 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Program:
 
     device = torch_xla.device()
     on_device = [argument.to(device) for argument in arguments]
-    torch_xla.sync(wait=True)  # all that is used has memory of its own, by which it is found below
+    flush(device)  # all that is used has its memory, by which it is found below
     xlac = _xlac()
     # Other tensors over the same memory, so that what is written to them is not written to the arguments.
-    renewed = [spmd.renewed(argument) for argument in on_device]
+    _, others = xlac._get_tensors_xla_device_data_node(on_device)
+    assert len(others) == len(on_device), "two arguments in the same memory"
     with _nothing_computed():
-        results = list(function(*renewed))
+        results = list(function(*others))
     assert all(xlac._check_tensor_need_materialization(results)), "a result is not computed"
     _, inputs = xlac._get_tensors_xla_device_data_node(results)
     with alias_with_buffer_donor_config():
@@ -83,7 +84,6 @@ def record(function: Function, arguments: Sequence[Tensor]) -> Program:
         xlac._xla_warm_up_cache(results, [])
     xlac._clear_pending_irs(str(device))  # or they would be computed at the next occasion
     numbers = {handle: number for number, handle in enumerate(xlac._get_tensors_handle(on_device))}
-    assert len(numbers) == len(on_device), "two arguments in the same memory"
     found = [numbers.get(handle) for handle in xlac._get_tensors_handle(inputs)]
     fixed = [tensor if number is None else None for tensor, number in zip(inputs, found, strict=True)]
     return Program(program_hash, fixed, [(at, number) for at, number in enumerate(found) if number is not None])
