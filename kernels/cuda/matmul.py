@@ -4,6 +4,7 @@ stays with the reference.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,7 @@ def product_of(x: Tensor, matrix: Matrix) -> Product:
     return Product(matrix.format, *shape, x.element_size(), matrix.group, matrix.is_nibbles)
 
 
+@functools.cache
 def device_name(device: torch.device) -> str:
     """The card's, as the table has it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -12,6 +12,7 @@ has one that four warps issue together, which tiles of 32 (4 bits) or 64 rows ta
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +63,7 @@ def choose_tiles(product: Product, num_rows: int, num_processors: int, tuned: Tu
     return tiles if rows == 128 else replace(tiles, splits=tuned.splits)
 
 
+@functools.cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a card."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_PROCESSORS
