@@ -93,6 +93,7 @@ setup(
     package_data={
         "torchinfer": ["py.typed"],
         "torchinfer.planner": ["*.toml"],
+        "torchinfer.kernels.cuda": ["tuned.json"],
         "torchinfer.serving": ["*.proto", "*.pyi"],
     },
     ext_modules=[Extension(LIBRARY, sources=[], optional=True)],

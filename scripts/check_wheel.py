@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"torchinfer": "torchinfer", "kernels": "torchinfer/kernels", "serving": "torchinfer/serving"}
-SUFFIXES = {".py", ".pyi", ".proto", ".toml", ".typed"}
+SUFFIXES = {".py", ".pyi", ".proto", ".toml", ".typed", ".json"}
 LIBRARY = "torchinfer/kernels/cpu/libtorchinfer_cpu.so"  # built with the wheel where there is a compiler
 
 

@@ -1,15 +1,10 @@
-"""The launch of `matmul_kernel`: which matrices it takes, and the sizes of its tiles.
-
-The tiles are a plain rule, made from what the compiler says of registers and shared memory on Hopper and not yet from a
-run on a card: few rows take tiles of all rows and few outputs, and split the inputs where outputs are few, so that many
-programs read the matrix at once; many rows take square ones. What no tile fits (groups of inputs that are no power of
-two) stays with the reference.
-
-Up to 64 rows of a matrix are cut into the same spans and steps of inputs, whatever their number.
+"""The launch of `matmul_kernel`: which matrices it takes. What no tile fits (groups of inputs that are no power of two)
+stays with the reference.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,29 +16,15 @@ from torch import Tensor
 from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel, sum_splits_kernel
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
+from torchinfer.kernels.cuda.tiles import Product, Tiles, choose_tiles, num_processors
+from torchinfer.kernels.cuda.tuned_table import Key, Tuned, load_table
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
 ACTIVATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-NUM_PROCESSORS = 132  # of an H100 or H200, for which kernels are compiled where there is no card
 LEAST_GROUP = 32  # inputs that share a scale, of which a step takes at least so many
-LEAST_SPAN = 512  # inputs of a split; shorter ones would write sums that are read again
-LEAST_GROUPS = 2  # experts of a token: so many have rows in any step
 SUM_BLOCK = 512  # results of a program that adds splits
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Sizes of a program's block, its warps, and the steps that are loaded ahead."""
-
-    rows: int
-    outputs: int
-    inputs: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1  # spans of inputs, each another program's
-    rows_last: bool = False  # whether the matrix unit takes the matrix, as it is read, from registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +55,13 @@ class Matrix:
         """I."""
         return self.values.shape[-1] * (2 if self.is_nibbles else 1)
 
+    @property
+    def format(self) -> str:
+        """int8, float8_e4m3fn-g128, int4-g128-zero, int8-rows: numbers, groups, zeros, rows that are rounded, too."""
+        name = "int4" if self.is_nibbles else str(self.values.dtype).removeprefix("torch.")
+        name += f"-g{self.group}" if self.group else ""
+        return name + ("-zero" if self.zero is not None else "") + ("-rows" if self.activations != "none" else "")
+
 
 def as_matrix(weight: QuantizedWeight) -> Matrix:
     """A quantized matrix for `multiply`."""
@@ -93,39 +81,6 @@ def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
         return is_known
     is_known = is_known and is_whole and weight.zero is None and weight.row_block == 1
     return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
-
-
-def choose_tiles(
-    num_rows: int,  # of a group
-    num_outputs: int,
-    num_inputs: int,
-    num_groups: int,
-    element_bytes: int,  # of what is multiplied
-    group: int,  # inputs that share a scale, 0: all
-    is_nibbles: bool,
-    num_processors: int,
-) -> Tiles:
-    """The rule. Up to 64 rows: 1.5 programs for each processor, or as many as splits that are long enough make.
-
-    Up to 32 rows two warps do what four would do with the same instructions around it.
-    """
-    rows = min(max(triton.next_power_of_2(num_rows), 8), 128)
-    if rows == 128:
-        inputs = min(128 // element_bytes, group or 128)
-        return Tiles(128, 128, inputs, 8, 3, rows_last=is_nibbles)
-    num_programs, splits = triton.cdiv(num_outputs, 64) * min(num_groups, LEAST_GROUPS), 1
-    while 2 * num_programs * splits < 3 * num_processors and num_inputs >= 2 * splits * LEAST_SPAN:
-        splits *= 2
-    outputs = 64 if num_programs * splits >= num_processors else 32
-    inputs = min(128, group or 128)
-    if rows == 64:
-        return Tiles(rows, outputs, inputs, 4, 3, splits, is_nibbles)
-    return Tiles(rows, outputs, inputs, 2, 4, splits, True)
-
-
-def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a card."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else NUM_PROCESSORS
 
 
 def multiply(
@@ -154,15 +109,14 @@ def multiply_rows(
     group_sizes: Tensor | None,  # int32 [E]
     dtype: torch.dtype,  # of the result
     activation: str = "none",
+    tiles: Tiles | None = None,  # in place of the table's or the rule's
 ) -> Tensor:
     """`multiply` of rows that were rounded before, where the matrix asks for that."""
     _require_fit(x, matrix, group_sizes)
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
-    num_groups = 1 if group_sizes is None else len(group_sizes)
-    shape = triton.cdiv(num_rows, num_groups), num_outputs, matrix.num_inputs, num_groups
-    tiles = choose_tiles(*shape, x.element_size(), matrix.group, matrix.is_nibbles, num_processors(x.device))
+    tiles = tiles or tiles_for(x, matrix, load_table())
     if tiles.splits == 1:
         _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
         return result
@@ -172,6 +126,27 @@ def multiply_rows(
         partial, result, num_rows, num_results, SPLITS=tiles.splits, ACTIVATION=activation, BLOCK=SUM_BLOCK
     )
     return result
+
+
+def tiles_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tiles:
+    """What `multiply_rows` launches. The table is for rows of 8 and 16 bits."""
+    product = product_of(x, matrix)
+    key = device_name(x.device), product.format, product.num_outputs, product.num_inputs, product.num_matrices
+    tuned = table.get(key) if product.element_bytes <= 2 else None
+    return choose_tiles(product, triton.cdiv(len(x), product.num_matrices), num_processors(x.device), tuned)
+
+
+def product_of(x: Tensor, matrix: Matrix) -> Product:
+    """What tiles depend on. x: [N, I], as it is multiplied."""
+    num_matrices = len(matrix.values) if matrix.values.ndim == 3 else 1
+    shape = matrix.values.shape[-2], matrix.num_inputs, num_matrices
+    return Product(matrix.format, *shape, x.element_size(), matrix.group, matrix.is_nibbles)
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The card's, as the table has it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _launch(
@@ -232,7 +207,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "PARTS": matrix.parts,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
         "ROWS_LAST": tiles.rows_last,
-        "SPLITS": tiles.splits,
+        "IS_SPLIT": tiles.splits > 1,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

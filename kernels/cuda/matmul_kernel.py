@@ -71,7 +71,7 @@ def matmul_kernel(
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
     row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
     group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
-    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION; float32 [SPLITS, N, O] where inputs are split
+    result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION; float32 [spans, N, O] where IS_SPLIT
     num_rows: tl.tensor,
     num_outputs: tl.tensor,
     num_inputs: tl.tensor,
@@ -94,11 +94,11 @@ def matmul_kernel(
     SUM: tl.constexpr,  # dtype of the sums
     ACTIVATION: tl.constexpr,  # of the first half of the outputs, which then multiplies the second; or none
     ROWS_LAST: tl.constexpr,  # tiles are outputs times rows
-    SPLITS: tl.constexpr,  # spans of inputs, each of which is another program's; with several, no ACTIVATION
+    IS_SPLIT: tl.constexpr,  # whether each of the spans of inputs is another program's; then without ACTIVATION
 ) -> None:
     """A program computes BLOCK_ROWS x BLOCK_OUTPUTS products. With ACTIVATION half of them are outputs of the gate and
     half the same ones of up, and two become one result."""
-    tl.static_assert(SPLITS == 1 or ACTIVATION == "none")
+    tl.static_assert(not IS_SPLIT or ACTIVATION == "none")
     WIDTH: tl.constexpr = BLOCK_OUTPUTS // (2 if ACTIVATION != "none" else 1)  # results of a block
     num_results = num_outputs // (2 if ACTIVATION != "none" else 1)
     in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
@@ -125,21 +125,21 @@ def matmul_kernel(
             return
     PART: tl.constexpr = BLOCK_INPUTS // PARTS
     NUMBERS: tl.constexpr = 8 if PARTS == 4 else PARTS  # in one of `values`
-    input, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
+    in_part, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
     start_input, end_input = 0, num_inputs
-    if SPLITS > 1:
-        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), SPLITS) * BLOCK_INPUTS
+    if IS_SPLIT:
+        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.num_programs(1)) * BLOCK_INPUTS
         start_input = tl.program_id(1) * span
         end_input = tl.minimum(start_input + span, num_inputs)
     numbers = values + place[:, None] * (num_inputs // NUMBERS) + start_input // NUMBERS + packed[None, :]
-    inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input // PARTS + input[:, None]
+    inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input // PARTS + in_part[:, None]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     HEIGHT: tl.constexpr = BLOCK_OUTPUTS if ROWS_LAST else BLOCK_ROWS
     total = tl.zeros((HEIGHT, BLOCK_ROWS * BLOCK_OUTPUTS // HEIGHT), SUM)
     for first in range(start_input, end_input, BLOCK_INPUTS):
-        is_input = first // PARTS + input < num_inputs // PARTS
+        is_input = first // PARTS + in_part < num_inputs // PARTS
         if IS_EVEN:
             b = tl.load(numbers)
         else:

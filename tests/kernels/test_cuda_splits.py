@@ -16,6 +16,7 @@ from torchinfer.kernels.cuda.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
 from torchinfer.kernels.cuda.matmul_kernel import sum_splits_kernel
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
+from torchinfer.kernels.cuda.tiles import LEAST_SPAN, Product, choose_tiles, num_processors
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
@@ -59,10 +60,10 @@ def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return numbers.double() * scale.double()[..., None] @ dequantize(weight).double().T
 
 
-def splits_of(x: Tensor, num_outputs: int, num_groups: int = 1) -> int:
-    rows = -(-len(x) // num_groups)
-    processors = matmul.num_processors(x.device)
-    return matmul.choose_tiles(rows, num_outputs, x.shape[1], num_groups, 2, 0, False, processors).splits
+def splits_of(x: Tensor, num_outputs: int, num_matrices: int = 1) -> int:
+    """The rule's. Formats make no difference to it."""
+    product = Product("int8", num_outputs, x.shape[1], num_matrices, 2, 0, False)
+    return choose_tiles(product, -(-len(x) // num_matrices), num_processors(x.device)).splits
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(s, torch.bfloat16) for s in SHAPES] + [(SHAPES[2], torch.float16)])
@@ -123,13 +124,12 @@ def test_splits_are_added_the_first_one_first(gpu: str) -> None:
     ("outputs", "inputs"), [(4096, 4096), (4096, 14336), (6144, 4096), (28672, 4096), (1024, 1024)]
 )
 def test_splits_follow_from_matrix_and_card_and_not_from_rows(outputs: int, inputs: int, processors: int) -> None:
-    tiles = [
-        matmul.choose_tiles(rows, outputs, inputs, 1, 2, 0, False, processors) for rows in (1, 2, 16, 17, 32, 33, 64)
-    ]
+    product = Product("int8", outputs, inputs, 1, 2, 0, False)
+    tiles = [choose_tiles(product, rows, processors) for rows in (1, 2, 16, 17, 32, 33, 64)]
     (splits,) = {one.splits for one in tiles}
     (num_blocks,) = {-(-outputs // one.outputs) for one in tiles}
     is_filled = 2 * num_blocks * splits >= 3 * processors
-    assert is_filled or inputs < 2 * splits * matmul.LEAST_SPAN
-    assert splits == 1 or inputs >= splits * matmul.LEAST_SPAN
+    assert is_filled or inputs < 2 * splits * LEAST_SPAN
+    assert splits == 1 or inputs >= splits * LEAST_SPAN
     assert len({one.inputs for one in tiles}) == 1
-    assert matmul.choose_tiles(65, outputs, inputs, 1, 2, 0, False, processors).splits == 1
+    assert choose_tiles(product, 65, processors).splits == 1

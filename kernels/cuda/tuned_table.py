@@ -1,0 +1,103 @@
+"""The table of launches that were measured: by card and matrix, in `tuned.json`, which ships with the package.
+
+    {"NVIDIA H200": [{"format": "int4-g128", "outputs": 4096, "inputs": 4096, "matrices": 1, "splits": 4,
+                      "launches": {"8": {"outputs": 64, "warps": 2, "stages": 4}, ...}}]}
+
+`launches` has those of tiles of 8, 16, 32, 64 and 128 rows; what is missing is the rule's (`tiles.py`). `splits` is for
+all tiles of up to 64 rows. `benchmarks/cuda_tune.py` writes it, on a card.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torchinfer.errors import ConfigError
+
+TABLE = Path(__file__).with_name("tuned.json")
+ROWS = (8, 16, 32, 64, 128)  # of tiles
+CHOICES = {"outputs": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": tuple(range(1, 9))}
+SPLITS = (1, 2, 4, 8, 16)
+
+Key = tuple[str, str, int, int, int]  # card, format, outputs, inputs, matrices
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is measured for a number of rows."""
+
+    outputs: int  # of a program
+    warps: int
+    stages: int  # steps that are loaded ahead, plus one
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What is measured for a matrix."""
+
+    splits: int
+    launches: dict[int, Launch]  # by rows of a tile
+
+
+@functools.cache
+def load_table(path: Path = TABLE) -> dict[Key, Tuned]:
+    """The table, read once.
+
+    Raises:
+        ConfigError: it is not such a table.
+    """
+    try:
+        cards = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise _refuse(path, "it", str(error), "JSON") from error
+    if not isinstance(cards, dict) or not all(isinstance(entries, list) for entries in cards.values()):
+        raise _refuse(path, "it", type(cards).__name__, "a list of entries for each card's name")
+    return dict(_entry(path, card, found) for card, entries in cards.items() for found in entries)
+
+
+def save_entry(path: Path, key: Key, tuned: Tuned) -> None:
+    """Put an entry into the table, in place of one for the same matrix."""
+    table = dict(load_table.__wrapped__(path)) if path.exists() else {}
+    table[key] = tuned
+    cards: dict[str, list[dict[str, Any]]] = {}
+    for (card, *matrix), entry in sorted(table.items(), key=lambda item: item[0]):
+        launches = {str(rows): asdict(launch) for rows, launch in sorted(entry.launches.items())}
+        named = dict(zip(("format", "outputs", "inputs", "matrices"), matrix, strict=True))
+        cards.setdefault(card, []).append({**named, "splits": entry.splits, "launches": launches})
+    path.write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
+
+
+def _entry(path: Path, card: str, found: Any) -> tuple[Key, Tuned]:
+    names = {"format", "outputs", "inputs", "matrices", "splits", "launches"}
+    if not isinstance(found, dict) or found.keys() != names or not isinstance(found["launches"], dict):
+        raise _refuse(path, f"an entry of {card}", found, f"an object of {', '.join(sorted(names))}")
+    place = f"the {found['format']} matrix [{found['outputs']}, {found['inputs']}] of {card}"
+    if not isinstance(found["format"], str):
+        raise _refuse(path, f"format of {place}", found["format"], "a string")
+    for name in ("outputs", "inputs", "matrices"):
+        if type(found[name]) is not int or found[name] < 1:
+            raise _refuse(path, f"{name} of {place}", found[name], "a whole number above 0")
+    if type(found["splits"]) is not int or found["splits"] not in SPLITS:
+        raise _refuse(path, f"splits of {place}", found["splits"], f"one of {SPLITS}")
+    launches = dict(_launch(path, place, rows, launch) for rows, launch in found["launches"].items())
+    key = card, found["format"], found["outputs"], found["inputs"], found["matrices"]
+    return key, Tuned(found["splits"], launches)
+
+
+def _launch(path: Path, place: str, rows: str, found: Any) -> tuple[int, Launch]:
+    if rows not in map(str, ROWS):
+        raise _refuse(path, f"rows of {place}", rows, f"one of {ROWS}")
+    if not isinstance(found, dict) or found.keys() != CHOICES.keys():
+        raise _refuse(path, f"{rows} rows of {place}", found, f"an object of {', '.join(CHOICES)}")
+    for name, choices in CHOICES.items():
+        if type(found[name]) is not int or found[name] not in choices:
+            raise _refuse(path, f"{name} for {rows} rows of {place}", found[name], f"one of {choices}")
+    return int(rows), Launch(**found)
+
+
+def _refuse(path: Path, what: str, found: Any, rule: str) -> ConfigError:
+    way_out = "tune again with benchmarks/cuda_tune.py, or write {} into the file to go without a table"
+    return ConfigError(f"{path}: {what} is {found!r}, but must be {rule}; {way_out}")
