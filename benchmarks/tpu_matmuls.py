@@ -86,13 +86,13 @@ def ours(shape: str, name: str, rows: int, chip: str) -> Block:
 
     compiled = aot.compile_jax(product, arguments, TOPOLOGIES[chip], dump_bundles=True)
     # Kernels have the name of the function, all else that of an operation.
-    loops = [kernel.grid_loop for key, kernel in compiled.kernels.items() if key.startswith("product")]
+    kernels = [kernel for key, kernel in compiled.kernels.items() if key.startswith("product")]
     width = config.block_outputs * (2 if is_gated and not config.is_whole else 1)
     flops = 2 * config.tile_rows * planes * inputs * width / (2 if config.is_integer else 1)
     matrices = min(experts, rows * experts) * 4 * (config.num_words + groups) * outputs
     return Block(
         4 * (config.num_words + groups) * width,
-        max(loop.num_bundles for loop in loops if loop is not None),
+        max(kernel.run(2, 1) - kernel.run(1, 1) for kernel in kernels),  # rows are split beside the first block only
         flops / MATRIX_FLOPS,
         hbm_bytes(compiled.hlo) / matrices,
     )

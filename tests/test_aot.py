@@ -113,6 +113,8 @@ def test_loops_are_read_from_a_dump(tmp_path: Path):
     assert aot.Kernel(12, loops).grid_loop == loops[0]
     assert [aot.Kernel(12, loops).run(steps) for steps in (1, 3)] == [12, 12 + 2 * 7]
     assert aot.Kernel(12).run(3) == 12
+    with_inner = (aot.Loop(2, 7), aot.Loop(4, 3))
+    assert aot.Kernel(12, with_inner).run(5, 2) == 12 + 4 * (7 - 3) + 3
 
 
 def test_a_core_has_its_share_of_the_chips_bandwidth():

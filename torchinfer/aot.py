@@ -85,10 +85,17 @@ class Kernel:
         """The loop over the steps of a grid: the largest that is in no other. None: there is no loop."""
         return max(self.inside(None), key=lambda loop: loop.num_bundles, default=None)
 
-    def run(self, num_steps: int) -> int:
-        """Bundles of one run with so many steps of the grid, all else once: other loops, and branches, taken or not."""
+    def run(self, num_steps: int, num_rounds: int | None = None) -> int:
+        """Bundles of one run with so many steps of the grid, all else once: other loops, and branches, taken or not.
+
+        num_rounds: of the loops in that over the grid, in all steps together; None: one a step.
+        """
         loop = self.grid_loop
-        return self.num_bundles + (0 if loop is None else (num_steps - 1) * loop.num_bundles)
+        if loop is None:
+            return self.num_bundles
+        inner = sum(each.num_bundles for each in self.inside(loop))
+        rounds = num_steps if num_rounds is None else num_rounds
+        return self.num_bundles + (num_steps - 1) * (loop.num_bundles - inner) + (rounds - 1) * inner
 
 
 def _encloses(outer: Loop, inner: Loop) -> bool:

@@ -54,7 +54,7 @@ class KernelConfig:
     @property
     def query_heads(self) -> int:
         """Heads of the arrays of queries: a tile of 8 may begin at each KV head's first."""
-        return round_up(self.num_heads, SUBLANES) + round_up(self.group_size, SUBLANES)
+        return round_up(self.num_heads - self.group_size + round_up(self.group_size, SUBLANES), SUBLANES)
 
     @property
     def out_heads(self) -> int:

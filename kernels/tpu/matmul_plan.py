@@ -22,6 +22,9 @@ ROW_TILES = (8, 16, 32, 64, 128)
 BLOCK_BYTES = 2**22  # of a matrix that is fetched at once, at most
 BLOCK_TILES = 256  # of 128 inputs x 128 outputs in it, at most: they are unrolled
 WHOLE_BYTES = 2**23  # of a block that cannot be cut
+OPERAND_BYTES = 2**25  # of rows that stay on the chip while a matrix passes, at most; of a core of two, half of it
+SPILLED_SUMS = 8  # of integers: products of a block, at most, that wait in memory
+MARGIN_BYTES = 2**21
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,29 @@ class MatmulConfig:
     block_outputs: int  # columns of a block
     activation: str | None = None  # outputs are gate, then up; the result is activation(gate) * up
     result_dtype: str = "float32"
+    num_cores: int = 1
 
     @property
     def is_integer(self) -> bool:
         """Inputs are integers, too, and so are sums."""
         return self.name in INTEGERS
+
+    @property
+    def is_split(self) -> bool:
+        """Inputs become integers, in two planes, in the kernel."""
+        return self.is_integer and self.planes == 2
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that can stay on the chip while a matrix passes, whole tiles."""
+        tile = self.operand_bytes // self.num_tiles
+        return max(OPERAND_BYTES // self.num_cores // tile, 1) * self.tile_rows
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of all rows as the matrix unit takes them."""
+        rows = self.num_tiles * self.tile_rows * self.planes
+        return rows * self.num_inputs * (1 if self.is_integer else 2)
 
     @property
     def num_tiles(self) -> int:
@@ -74,6 +95,38 @@ class MatmulConfig:
     def num_blocks(self) -> int:
         """Blocks of columns."""
         return 1 if self.is_whole else -(-self.result_outputs // self.block_outputs)
+
+    def vmem_bytes(self, input_bytes: int) -> int:
+        """Of a core's fast memory, what the kernel takes at most: two of each block, rows in planes, what waits."""
+        matrices = 1 if self.activation is None or self.is_whole else 2
+        groups = round_up(self.num_groups, 8)
+        blocks = matrices * 4 * (self.num_words + groups) * self.block_outputs
+        blocks += self.tile_rows * 4 * (self.block_outputs + LANES)
+        sums = SPILLED_SUMS if self.is_integer else -(-self.num_inputs // LANES)
+        waiting = matrices * sums * self.planes * self.tile_rows * self.block_outputs * 4
+        if self.is_split:
+            blocks += self.tile_rows * self.num_inputs * input_bytes
+            waiting += 3 * min(self.tile_rows, 32) * self.num_inputs * 4
+        units = self.num_tiles * self.tile_rows * LANES * 4
+        return 2 * blocks + self.operand_bytes + units + waiting + MARGIN_BYTES
+
+    @property
+    def used_cores(self) -> int:
+        """Cores that share the blocks."""
+        return min(self.num_cores, self.num_blocks)
+
+    @property
+    def core_blocks(self) -> int:
+        """Blocks of a core; the last one's may be fewer."""
+        return -(-self.num_blocks // self.used_cores)
+
+    def step(self, core: Any, block: Any, visit: Any) -> tuple[Any, Any]:
+        """Column and visit of a step of the grid. Where a core has no more blocks it stays at its last step."""
+        column = core * self.core_blocks + block
+        if self.num_blocks % self.used_cores == 0:
+            return column, visit
+        last = jnp.where(column < self.num_blocks, visit, self.num_visits - 1)
+        return jnp.minimum(column, self.num_blocks - 1), last
 
 
 def can_gate(num_inputs: int, num_outputs: int, name: str) -> bool:
@@ -108,7 +161,7 @@ def make_config(
         assert can_gate(num_inputs, num_outputs, name)
         block = _divide(num_outputs // 2, max(most // 2, 1), num_cores) or num_outputs
     sizes = (num_experts, num_inputs, num_outputs, num_groups, num_rows, tile_rows, planes, block)
-    return MatmulConfig(name, *sizes, activation, result_dtype)
+    return MatmulConfig(name, *sizes, activation, result_dtype, num_cores)
 
 
 def _cut(num_outputs: int, most: int, least_blocks: int, num_cores: int) -> int:

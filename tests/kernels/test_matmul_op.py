@@ -9,6 +9,7 @@ import torch
 
 from torchinfer import aot, kernels
 from torchinfer.device import resolve_device
+from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.reference.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.reference.grouped_matmul import grouped_matmul
 from torchinfer.kernels.reference.quantized_matmul import quantized_matmul
@@ -74,6 +75,21 @@ def test_linear_on_xla_equals_the_reference(name: str, dtype: torch.dtype) -> No
     assert_close(actual.cpu(), quantized_matmul(x, weight) + bias, tolerance(weight, dtype))
 
 
+@pytest.mark.parametrize(("name", "has_bias"), [("int8", False), ("int8", True), ("int4", False), ("int8_w8a8", False)])
+def test_gate_up_and_activation_on_xla_equal_the_reference(name: str, has_bias: bool) -> None:
+    """With a bias, or zeros of int4, in two steps."""
+    weight, x = random_weight(name, 96, 256), torch.randn(5, 256)
+    if name == "int4":
+        weight = replace(weight, zero=torch.randint(0, 16, weight.scale.shape, dtype=torch.uint8))
+    bias = torch.randn(96) if has_bias else None
+    prepared = kernels.prepare(on_xla(weight), num_cores=0)
+    assert prepared is not None
+    actual = kernels.gated_linear(x.to("xla"), prepared, "silu", None if bias is None else bias.to("xla")).cpu()
+    product = quantized_matmul(x, weight)
+    expected = gated_activation(product if bias is None else product + bias, "silu")
+    assert_close(actual, expected, tolerance(weight, x.dtype))
+
+
 @pytest.mark.parametrize("name", ["int8", "int8_w8a8", "int4_g32", "fp8"])
 def test_experts_on_xla_equal_the_reference(name: str) -> None:
     weight, x, sizes = random_experts(name, 3, 96, 64), torch.randn(9, 64), torch.tensor([2, 0, 5], dtype=torch.int32)
@@ -122,7 +138,7 @@ def test_a_graph_with_the_kernel_compiles_for_a_tpu_and_moves_the_matrices_once(
     x, sizes = placeholder(16, 512, dtype=torch.bfloat16), placeholder(4, dtype=torch.int32)
     output = kernels.grouped_gated_matmul(x, replace(prepared, **fields), sizes, "silu")
     compiled = aot.compile_hlo(xla_model.get_stablehlo([output]), topology)
-    assert compiled.hlo.count("tpu_custom_call") == 2  # the rows' planes, the product
+    assert compiled.hlo.count("tpu_custom_call") == 1
     assert prepared.num_bytes < compiled.bytes_accessed < 1.15 * prepared.num_bytes
     assert compiled.temporary_bytes < prepared.num_bytes // 4
 

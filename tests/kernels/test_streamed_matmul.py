@@ -23,6 +23,7 @@ from jax import numpy as jnp  # noqa: E402
 from jax._src.pallas.mosaic import interpret  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
+from torchinfer.kernels.tpu import matmul_plan  # noqa: E402
 from torchinfer.kernels.tpu.matmul_plan import MatmulConfig, make_config, plan_visits  # noqa: E402
 from torchinfer.kernels.tpu.streamed_matmul import streamed_matmul  # noqa: E402
 from torchinfer.kernels.tpu.word_unpacking import numbers_of  # noqa: E402
@@ -136,6 +137,24 @@ def test_gate_up_and_activation_in_one_pass(name: str, rows: int, activation: st
         expected = grouped_gated_matmul(x, weight.float(), torch.tensor(sizes), activation)
     else:
         expected = grouped_gated_matmul(x, weight, torch.tensor(sizes), activation)
+    assert_near(run(x, prepared, sizes, config), expected, name)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("int8", None), ("int8", [100, 0, 190, 9]), ("bfloat16", [1, 299, 0, 0])])
+def test_rows_that_do_not_fit_the_chip_pass_in_parts(monkeypatch, name: str, sizes: list[int] | None) -> None:
+    """Of 300 rows; two cores, each of which keeps what it has of a part, one with a block more than there are."""
+    monkeypatch.setattr(matmul_plan, "OPERAND_BYTES", 2 * 256 * 128 * 2)
+    x = torch.randn(300, 128)
+    weight = random_weight(name, 384, 128) if sizes is None else random_experts(name, 4, 384, 128)
+    prepared = prepare(weight, num_cores=2)
+    assert prepared is not None
+    config = replace(config_of(prepared, 300, num_cores=2), block_outputs=128, tile_rows=64)
+    assert (config.num_blocks, config.most_rows) == (3, 256)
+    if sizes is None:
+        expected = quantized_matmul(x, weight)
+    else:
+        x = x.to(torch.bfloat16).float() if name == "bfloat16" else x
+        expected = grouped_matmul(x, weight.float() if name == "bfloat16" else weight, torch.tensor(sizes))
     assert_near(run(x, prepared, sizes, config), expected, name)
 
 

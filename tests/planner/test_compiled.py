@@ -162,11 +162,11 @@ def check_kernels(step):
     the memory and of the bundles."""
     attention, *others = sorted(step.kernels, key=lambda kernel: kernel.name)
     assert attention.name == "ragged_paged_attention"
-    assert {kernel.name for kernel in others} == {"split_rows", "streamed_matmul"}
+    assert {kernel.name for kernel in others} == {"streamed_matmul"}
     for kernel in step.kernels:
         assert kernel.call.count % 2 == 0
         assert kernel.num_bundles > 20
-        assert (kernel.num_bytes > 0) == (kernel.name != "split_rows")
+        assert kernel.num_bytes > 0
     chip = aot.CHIPS[step.placement.accelerator.name]
     for cycles in ("hbm_cycles", "num_bundles"):
         least = sum(kernel.call.count * getattr(kernel, cycles) for kernel in step.kernels)

@@ -37,6 +37,7 @@ PORTS: dict[str, tuple[str, ...]] = {
     "paged_attention": ("cpu", "tpu", "cuda"),
     "grouped_matmul": ("cpu", "tpu", "cuda"),
     "grouped_gated_matmul": ("cpu", "tpu", "cuda"),
+    "gated_linear": ("tpu",),
     "quantized_matmul": ("cuda",),
     "linear_of_norm": ("cuda",),
     "linear_of_gated": ("cuda",),
@@ -45,7 +46,8 @@ PORTS: dict[str, tuple[str, ...]] = {
     "sample": ("cpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
-COMPOSED = ("linear_of_norm", "linear_of_gated")  # without a port two ops of the door, one after the other
+# Without a port two ops of the door, one after the other.
+COMPOSED = ("linear_of_norm", "linear_of_gated", "gated_linear")
 PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
@@ -234,6 +236,17 @@ def linear_of_gated(
         return linear(gated_activation(gate_up, activation), weight, bias)
     product = port(gate_up, activation, weight)
     return product if bias is None else product + bias
+
+
+def gated_linear(x: Tensor, weight: PreparedWeight, activation: str, bias: Tensor | None = None) -> Tensor:
+    """`gated_activation` of `linear`; in one pass, without rounding in between, where the device can.
+
+    x: [N, I]; weight: [2 * F, I] holding gate in its first half, prepared; bias: [2 * F]. Returns [N, F] in x's dtype.
+    """
+    port = load_ports(x.device.type).get("gated_linear")
+    if port is None or bias is not None:
+        return gated_activation(linear(x, weight, bias), activation)
+    return port(x, weight, activation)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0) -> Tensor:

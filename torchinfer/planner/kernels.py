@@ -13,6 +13,9 @@ from torchinfer.planner.footprint import Footprint
 
 ATTENTION = "ragged_paged_attention"
 PAGE_TABLE = 2  # of its operands
+PRODUCT = "streamed_matmul"
+INPUTS = 1  # of its operands: rows [N, I], which a loop in its first steps splits, or what was made of them before
+SPLIT_ROWS = 32  # of a round
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,16 @@ def step_kernels(hlo: str, topology: str, part: Footprint, timeout_seconds: floa
         if grid.name == ATTENTION:
             bundles = _attention(call, kernel, part, chip.num_cores)
         else:
-            bundles = kernel.run(grid.num_steps(chip.num_cores))
+            bundles = kernel.run(grid.num_steps(chip.num_cores), _rounds(grid.name, call))
         found.append(StepKernel(grid.name, call, bundles, chip.hbm_cycles(call.stated.get("bytes_accessed", 0))))
     return tuple(found)
+
+
+def _rounds(name: str, call: KernelCall) -> int | None:
+    """Of a product's loop that splits rows; None: it has none."""
+    if name != PRODUCT or len(sizes_of(call.operands[INPUTS])) != 2:
+        return None
+    return -(-sizes_of(call.operands[INPUTS])[0] // SPLIT_ROWS)
 
 
 def _attention(call: KernelCall, kernel: aot.Kernel, part: Footprint, num_cores: int) -> int:
