@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchinfer.errors import ConfigError
-
 TABLE = Path(__file__).with_name("tuned.json")
 ROWS = (8, 16, 32, 64, 128)  # of tiles
 CHOICES = {"outputs": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": tuple(range(1, 9))}
@@ -47,7 +45,7 @@ def load_table(path: Path = TABLE) -> dict[Key, Tuned]:
     """The table, read once.
 
     Raises:
-        ConfigError: it is not such a table.
+        ValueError: it is not such a table.
     """
     try:
         cards = json.loads(path.read_text(encoding="utf-8"))
@@ -98,6 +96,6 @@ def _launch(path: Path, place: str, rows: str, found: Any) -> tuple[int, Launch]
     return int(rows), Launch(**found)
 
 
-def _refuse(path: Path, what: str, found: Any, rule: str) -> ConfigError:
+def _refuse(path: Path, what: str, found: Any, rule: str) -> ValueError:
     way_out = "tune again with benchmarks/cuda_tune.py, or write {} into the file to go without a table"
-    return ConfigError(f"{path}: {what} is {found!r}, but must be {rule}; {way_out}")
+    return ValueError(f"{path}: {what} is {found!r}, but must be {rule}; {way_out}")
