@@ -25,7 +25,7 @@ class StepKernel:
     name: str
     call: KernelCall
     num_bundles: int  # each takes a cycle or more
-    hbm_cycles: float  # for the bytes that it states; 0: it states none
+    hbm_cycles: float  # for the core's share of the bytes that it states; 0: it states none
 
     @property
     def num_bytes(self) -> int:
@@ -67,7 +67,8 @@ def step_kernels(hlo: str, topology: str, part: Footprint, timeout_seconds: floa
             bundles = _attention(call, kernel, part, chip.num_cores)
         else:
             bundles = kernel.run(grid.num_steps(chip.num_cores), _rounds(grid.name, call))
-        found.append(StepKernel(grid.name, call, bundles, chip.hbm_cycles(call.stated.get("bytes_accessed", 0))))
+        of_core = call.stated.get("bytes_accessed", 0) / chip.num_cores  # cores share what a call does
+        found.append(StepKernel(grid.name, call, bundles, chip.hbm_cycles(of_core)))
     return tuple(found)
 
 
