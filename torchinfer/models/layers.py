@@ -52,7 +52,7 @@ class Linear(Layer):
     def prepared(self) -> PreparedWeight | None:
         """What the device's kernels made of the matrix, if they did."""
         # A tensor that is no parameter stands in for one where a model is called with other tensors.
-        return None if isinstance(self.weight, nn.Module | Tensor) else self.weight
+        return None if isinstance(self.weight, (nn.Module, Tensor)) else self.weight
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[N, in] -> [N, out], of norm(x) if there is a norm."""
