@@ -22,6 +22,7 @@ BLOCKS = AttentionBlocks(
     num_kv_heads=8,
     group_tokens=32,
     has_scales=True,
+    page_tokens=128,
 )
 
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 
 from torchinfer import aot
 
-PAGE_SIZE = 128  # of the kernel's pages: tokens whose scales are put in at once
-
 
 @dataclass(frozen=True, slots=True)
 class AttentionBlocks:
@@ -34,6 +32,7 @@ class AttentionBlocks:
     num_kv_heads: int
     group_tokens: int  # that are put into a page and written back at once
     has_scales: bool
+    page_tokens: int  # whose scales are put in at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class AttentionBundles:
             + by_many * (start_many.num_bundles + await_many.num_bundles)
             + by_one * (start_one.num_bundles + await_one.num_bundles)
             + -(-new_tokens // self.blocks.group_tokens) * (insert.num_bundles + others[0].num_bundles)
-            + -(-new_tokens // PAGE_SIZE) * insert_scales
+            + -(-new_tokens // self.blocks.page_tokens) * insert_scales
             + -(-num_pages // chunk_pages) * self._nest(chunk, self._inner_rounds(chunk))
         )
 

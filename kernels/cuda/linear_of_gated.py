@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchinfer.kernels.cuda.gated_activation import activate, gated_activation
+from torchinfer.kernels.cuda.gated_activation import gated, gated_activation
 from torchinfer.kernels.cuda.launch import with_dense_columns
 from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
 from torchinfer.kernels.cuda.quantize_rows import store_rounded
@@ -63,8 +63,8 @@ def gate_and_round_kernel(
     column = tl.arange(0, BLOCK_SIZE)[None, :]
     is_there = column < size
     place = gate_up + row * stride + column
-    gate = tl.load(place, mask=is_there, other=0.0).to(tl.float32)
-    up = tl.load(place + size, mask=is_there, other=0.0).to(tl.float32)
-    active = activate(gate, ACTIVATION).to(gate_up.dtype.element_ty).to(tl.float32)
-    product = (active * up).to(gate_up.dtype.element_ty).to(tl.float32)
+    gate = tl.load(place, mask=is_there, other=0.0)
+    up = tl.load(place + size, mask=is_there, other=0.0)
+    product = gated(gate, up, ACTIVATION, gate_up.dtype.element_ty)
+    product = product.to(gate_up.dtype.element_ty).to(tl.float32)
     store_rounded(product, numbers, scale, row, column, size, False)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torchinfer.kernels.cuda.gated_activation import activate
+from torchinfer.kernels.cuda.gated_activation import gated
 from torchinfer.kernels.cuda.nibbles import nibbles
 
 SWIZZLE: tl.constexpr = tl.constexpr(8)  # blocks of rows that go through the outputs together, for the second cache
@@ -225,10 +225,3 @@ def sum_of_splits(
         place += num_rows.to(tl.int64) * num_outputs
         total += tl.load(place, mask=is_there, other=0.0)
     return total
-
-
-@triton.jit
-def gated(gate: tl.tensor, up: tl.tensor, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
-    """float32 of activated gates times up, with each of the three rounded to DTYPE on the way, as torch does."""
-    active = activate(gate.to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE)
-    return active.to(tl.float32) * up.to(DTYPE).to(tl.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.tpu.packed_weight import PackedWeight
 
 
@@ -14,8 +13,6 @@ def gated_linear(
     activation: str,
 ) -> Tensor:  # [N, F]
     """See the door."""
-    from torchinfer.kernels.tpu.matmul_op import is_fused, matmul  # needs jax, which other matrices do not
+    from torchinfer.kernels.tpu.matmul_op import gated_matmul  # needs jax, which other matrices do not
 
-    if weight.shift is None and is_fused(weight):
-        return matmul(x, weight, activation=activation)
-    return gated_activation(matmul(x, weight), activation)
+    return gated_matmul(x, weight, activation)

@@ -22,8 +22,7 @@ def grouped_gated_matmul(
 ) -> Tensor:  # [N, F]
     """See the door."""
     if isinstance(weight, PackedWeight):
-        from torchinfer.kernels.tpu.matmul_op import is_fused, matmul
+        from torchinfer.kernels.tpu.matmul_op import gated_matmul  # needs jax, which other matrices do not
 
-        if is_fused(weight):
-            return matmul(x, weight, group_sizes, activation)
+        return gated_matmul(x, weight, activation, group_sizes)
     return gated_activation(grouped_matmul(x, weight, group_sizes), activation)

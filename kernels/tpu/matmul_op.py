@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
+from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES
 from torchinfer.kernels.tpu.exported import Shapes, dtype_name, export_for_tpu, shapes_of
@@ -59,9 +60,18 @@ def bits_of(values: Tensor) -> Tensor:
     return result
 
 
+def gated_matmul(x: Tensor, weight: PackedWeight, activation: str, group_sizes: Tensor | None = None) -> Tensor:
+    """`matmul` with an activation: in one pass where the kernel takes the matrix so."""
+    if is_fused(weight):
+        return matmul(x, weight, group_sizes, activation)
+    return gated_activation(matmul(x, weight, group_sizes), activation)
+
+
 def is_fused(weight: PackedWeight) -> bool:
     """Whether `activation` is for the matrix."""
-    return can_gate(weight.words.shape[1] * NUMBERS_IN_WORD[weight.name], weight.shape[-2], weight.name)
+    return weight.shift is None and can_gate(
+        weight.words.shape[1] * NUMBERS_IN_WORD[weight.name], weight.shape[-2], weight.name
+    )
 
 
 @torch.library.custom_op("torchinfer::streamed_matmul", mutates_args=(), device_types="xla")

@@ -16,9 +16,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, LARGEST, MASKED, ROOM, Chunk, KernelConfig, Refs
+from torchinfer.kernels.tpu.attention_chunk import E4M3_SHIFT, MASKED, ROOM, Chunk, KernelConfig, Refs
 from torchinfer.kernels.tpu.attention_plan import DECODE, FIRST_BLOCK, KV_END, NUM_TOKENS, PREFILL, ROW, TOKEN
 from torchinfer.kernels.tpu.page_layout import LANES, PAGE_SIZE, SUBLANES
+from torchinfer.kernels.tpu.row_planes import integer_planes
 from torchinfer.kernels.tpu.token_insertion import Insertion
 
 COPIES_AT_ONCE = 4  # of pages, whose scalar work overlaps
@@ -211,10 +212,7 @@ class _Phase:
         for head in range(heads):
             x = self._queries(tile, slot, head)
             if self.layout.dtype == "int8":
-                scale = jnp.maximum(jnp.max(jnp.abs(x), 1, keepdims=True), 1e-30) * (1 / LARGEST)
-                numbers = jnp.floor(x / scale + 0.5).astype(jnp.int32)
-                high = (numbers + 64) >> 7
-                planes = jnp.concatenate((high, numbers - high * 128))
+                planes, scale = integer_planes(x)
                 refs.operand[tile, head, : 2 * self.rows] = planes.astype(jnp.int8)
                 refs.q_scale[tile, head, rows] = jnp.broadcast_to(scale, (self.rows, LANES))
             elif self.layout.dtype == "bfloat16":

@@ -22,7 +22,7 @@ def as_operands(x: Array, input_scale: Array | None, config: MatmulConfig) -> tu
     missing = (0, config.num_tiles * config.tile_rows - x.shape[0])
     numbers = jnp.pad(x, (missing, (0, config.num_inputs - x.shape[1])))
     if config.is_split:
-        planes, unit = jax.vmap(_planes)(numbers.reshape(config.num_tiles, config.tile_rows, -1))
+        planes, unit = jax.vmap(integer_planes)(numbers.reshape(config.num_tiles, config.tile_rows, -1))
         return planes.astype(jnp.int8), jnp.broadcast_to(unit.reshape(-1, 1), (numbers.shape[0], LANES))
     unit = jnp.ones(x.shape[0]) if input_scale is None else input_scale
     unit = jnp.broadcast_to(jnp.pad(unit, missing)[:, None], (numbers.shape[0], LANES))
@@ -43,7 +43,7 @@ def split_tile(x: Ref, planes: Ref, unit: Ref, tile: Array, is_wanted: Array, co
 
     def one(part: Array, _: None) -> None:
         here = pl.ds(pl.multiple_of(part * rows, rows), rows)
-        whole, of_row = _planes(x[here])
+        whole, of_row = integer_planes(x[here])
         unit[tile, here] = jnp.broadcast_to(of_row, (rows, LANES))
         if rows == config.tile_rows:
             planes[tile] = whole.astype(jnp.int8)
@@ -56,7 +56,7 @@ def split_tile(x: Ref, planes: Ref, unit: Ref, tile: Array, is_wanted: Array, co
     jax.lax.fori_loop(0, jnp.where(is_wanted, config.tile_rows // rows, 0), one, None)
 
 
-def _planes(rows: Array) -> tuple[Array, Array]:
+def integer_planes(rows: Array) -> tuple[Array, Array]:
     """[rows, I] -> whole numbers [2 * rows, I] of 8 bits, the high plane, then the low one, and units [rows, 1]."""
     rows = rows.astype(jnp.float32)
     unit = jnp.maximum(jnp.max(jnp.abs(rows), 1, keepdims=True), 1e-30) * (1 / LARGEST)

@@ -168,7 +168,8 @@ def kernel_pages(
 
 def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> AttentionBlocks:
     """What the TPU's attention kernel over pages of a dtype does at once. Imports jax, and needs no TPU."""
-    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout").PageLayout(num_kv_heads, head_dim, dtype)
+    pages = importlib.import_module("torchinfer.kernels.tpu.page_layout")
+    layout = pages.PageLayout(num_kv_heads, head_dim, dtype)
     config = importlib.import_module("torchinfer.kernels.tpu.ragged_attention").make_config(layout, num_heads)
     return AttentionBlocks(
         fetch_pages=config.fetch_pages,
@@ -180,6 +181,7 @@ def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: st
         num_kv_heads=num_kv_heads,
         group_tokens=layout.group_tokens,
         has_scales=layout.scale_rows > 0,
+        page_tokens=pages.PAGE_SIZE,
     )
 
 

@@ -12,7 +12,7 @@ from torchinfer import kernels
 from torchinfer.batch import Batch, KVCache
 from torchinfer.models.block import Block
 from torchinfer.models.config import ModelConfig
-from torchinfer.models.layers import Embedding, Linear, prepare_matrices
+from torchinfer.models.layers import Embedding, Linear, is_prepared, prepare_matrices
 from torchinfer.models.rope import Rope
 from torchinfer.quantization import QuantizedMatrix, Scheme
 from torchinfer.quantized_weight import PreparedWeight
@@ -97,9 +97,7 @@ class Decoder(nn.Module):
             matrix = QuantizedMatrix(tuple(table.shape), self.head_scheme)
         for start in range(0, 0 if table.is_meta else len(table), ROWS_AT_ONCE):
             rows = host[start : start + ROWS_AT_ONCE]
-            for name, packed in self.head_scheme.pack(rows).items():
-                first = start // (matrix.specs[name].row_block or 1)
-                getattr(matrix, name)[first : first + len(packed)] = packed
+            self.head_scheme.pack(rows, matrix.rows(start, len(rows)))
         del self.head.weight
         self.head.weight = matrix.to(device)
 
@@ -123,14 +121,14 @@ class Decoder(nn.Module):
 
     def is_prepared(self) -> bool:
         """Whether all matrices are in the layout of the device's kernels."""
-        return not any(isinstance(matrix, nn.Module | nn.Parameter) for matrix in self._matrices())
+        return all(is_prepared(matrix) for matrix in self._matrices())
 
     def num_parameters(self) -> int:
         """Numbers that the model has learned, in however many bits they are held and in whatever layout; a head that
         is a copy of the table is none of them."""
         copy = 0 if self.head is None or self.head_scheme is None else self.embedding.weight.numel()
         matrices = [module for module in self.modules() if isinstance(module, QuantizedMatrix)]
-        prepared = [matrix for matrix in self._matrices() if not isinstance(matrix, nn.Module | nn.Parameter)]
+        prepared = [matrix for matrix in self._matrices() if is_prepared(matrix)]
         total: int = sum(counted.numel() for counted in (*self.parameters(), *matrices, *prepared))
         return total - copy
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ class Linear(Layer):
     @property
     def prepared(self) -> PreparedWeight | None:
         """What the device's kernels made of the matrix, if they did."""
-        # A tensor that is no parameter stands in for one where a model is called with other tensors.
-        return None if isinstance(self.weight, (nn.Module, Tensor)) else self.weight
+        return self.weight if is_prepared(self.weight) else None
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[N, in] -> [N, out], of norm(x) if there is a norm."""
@@ -94,6 +93,12 @@ class PreparedMatrix(nn.Module):
         """The matrix for a kernel."""
         weight: PreparedWeight = replace(self._empty, **dict(self.named_buffers()))
         return weight
+
+
+def is_prepared(matrix: object) -> TypeGuard[Any]:
+    """Whether a layer's matrix is what the device's kernels made of it. A tensor that is no parameter stands in for one
+    where a model is called with other tensors."""
+    return not isinstance(matrix, (nn.Module, Tensor))
 
 
 def prepare_matrices(layer: nn.Module, num_cores: int | None) -> None:

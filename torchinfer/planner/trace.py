@@ -22,6 +22,7 @@ from torchinfer.batch import KVCache
 from torchinfer.device import resolve_device
 from torchinfer.kv_cache.tensors import kernel_pages, make_layer
 from torchinfer.models.decoder import Decoder
+from torchinfer.models.layers import is_prepared
 from torchinfer.parallel import DividedModel, divide, local_config, tensors_of
 from torchinfer.planner.source import ModelSource, read_source
 from torchinfer.spmd import REPLICATED, STACKED
@@ -167,7 +168,7 @@ def _fill(model: Decoder) -> None:
             setattr(module, name, value)
         for name in getattr(module, "MATRICES", ()):
             matrix = getattr(module, name)
-            if not isinstance(matrix, nn.Module | nn.Parameter):  # packed for the TPU's kernel
+            if is_prepared(matrix):
                 fields = {
                     field: spmd.local_placeholder(tuple(each.shape), each.dtype)
                     for field, each in matrix.tensors.items()

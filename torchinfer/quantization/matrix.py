@@ -50,6 +50,13 @@ class QuantizedMatrix(nn.Module):
         }
         return self.scheme.weight(tensors, self.shape[-1], self.part_rows)
 
+    def rows(self, start: int, count: int) -> dict[str, Tensor]:
+        """Of each tensor what belongs to these rows, for `Scheme.pack`; `start` is a multiple of row_block."""
+        blocks = {name: spec.row_block or 1 for name, spec in self.specs.items()}
+        return {
+            name: self.get_buffer(name)[start // block : -(-(start + count) // block)] for name, block in blocks.items()
+        }
+
     def numel(self) -> int:
         """Numbers that the matrix stands for."""
         return prod(self.shape)
