@@ -18,8 +18,9 @@ ENGINE = FlagSet(
     {
         "model": "folder of a Hugging Face checkpoint",
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
-        "tensor_parallel_size": "XLA: chips that divide the model, all that the process has; its CPU has as many as "
-        "are asked for",
+        "tensor_parallel_size": "TPU chips, all of the slice, or GPUs that divide the model; XLA's CPU has as many "
+        "chips as are asked for, the CPU as many processes",
+        "hosts_port": "TPU slices of several hosts: TCP port of the first one, to which the others connect",
         "expert_parallel": "these chips have some of the experts each, whole, not a part of each",
         "dtype": "of weights and activations; auto: the checkpoint's",
         "quantization": f"weights, while they are loaded: {SCHEME_HELP} (default: as they are)",

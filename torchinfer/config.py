@@ -44,7 +44,8 @@ class EngineConfig:
 
     model: str | Path  # folder of a Hugging Face checkpoint
     device: str = "auto"  # the first of xla, cuda, cpu that is there
-    tensor_parallel_size: int = 1  # XLA: chips that divide the model; all that the process has
+    tensor_parallel_size: int = 1  # TPU chips, all there are; or GPUs, that divide the model
+    hosts_port: int = 8490  # TPU slices of several hosts: TCP port of the first one, for the others
     expert_parallel: bool = False  # these chips have some of the experts each, whole, not a part of each
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
@@ -128,6 +129,8 @@ def _range_problems(c: EngineConfig) -> list[str]:
             f"max_num_batched_tokens={c.max_num_batched_tokens} must be at least "
             f"max_num_requests={c.max_num_requests}, so that every running request gets its token"
         )
+    if not 0 < c.hosts_port < 65536:
+        found.append(f"hosts_port={c.hosts_port} must be a TCP port, 1 to 65535")
     if c.page_size is not None and c.page_size & (c.page_size - 1):
         found.append(f"page_size={c.page_size} must be a power of two")
     if c.max_model_len is not None and c.max_model_len < 2:
