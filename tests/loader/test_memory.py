@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import mmap
+import os
 import threading
 
 import pytest
@@ -20,6 +23,15 @@ def test_memory_is_fresh_and_of_the_right_size(num_bytes: int) -> None:
     assert memory.dtype == torch.uint8 and memory.shape == (num_bytes,)
     memory.fill_(7)
     assert num_bytes < LARGE_PAGE or memory.data_ptr() % 4096 == 0
+
+
+def test_a_kernel_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # madvise(2): MADV_HUGEPAGE, not configured
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert allocate(LARGE_PAGE).fill_(7).sum() == 7 * LARGE_PAGE
 
 
 def test_parameters_lie_one_behind_the_other_and_do_not_overlap() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from torchinfer.errors import DeviceError
 from torchinfer.loader.retry import Stopped
+
+logger = logging.getLogger(__name__)
 
 LARGE_PAGE = 2 << 20
 SLAB_BYTES = 512 << 20
@@ -29,7 +32,10 @@ def allocate(num_bytes: int) -> Tensor:
     except OSError as error:
         raise DeviceError(f"the host has no {num_bytes} bytes of memory: {error}; use a machine with more") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel that was built without them
+            logger.debug("no large pages: %s", error)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.checksum import Checksums, Part, part_of
+from torchinfer.loader.checksum import Checksums, Part, add_part
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.loader.retry import Attempts, PersistentReader, Stopped
@@ -143,7 +143,7 @@ class Readers:
         # compared with others, as many must share the disk in both; streams over a network do not share much.
         is_comparing = self.direct.choice is None and not self.source.is_network
         if self._has_waited and is_comparing:
-            self.count.target = max(self.count.target, min(PROBE_READERS, self.count.limit))
+            self.count.raise_to(PROBE_READERS)
         elif self._has_waited:
             self.count.observe(now, self.num_bytes, self.attempts.num_retries)
         target = self.count.target
@@ -281,7 +281,7 @@ class Readers:
 
     def _sum(self, job: _Job, begin: int, content: Tensor) -> None:
         if self.checksums is not None:
-            job.parts.append(part_of(begin, content))
+            add_part(job.parts, begin, content)
 
 
 def _base(extent: Extent) -> int:
