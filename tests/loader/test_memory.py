@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, padded
 from torchinfer.loader.retry import Stopped
@@ -83,7 +84,13 @@ def test_a_stop_ends_the_wait() -> None:
         staging.take(1, stop)
 
 
-def test_a_forgotten_buffer_makes_room() -> None:
-    staging = Staging(LARGE_PAGE)
-    staging.forget(staging.take(1, GO))
-    assert len(staging.take(1, GO)) == LARGE_PAGE
+def test_what_nobody_uses_can_be_freed() -> None:
+    staging = Staging(2 * LARGE_PAGE)
+    first, second = staging.take(1, GO), staging.take(1, GO)
+    memory = StorageWeakRef(first.untyped_storage())
+    staging.give_back(first)
+    del first
+    staging.clear()
+    assert memory.expired()
+    staging.give_back(second)
+    assert len(staging.take(2 * LARGE_PAGE, GO)) == 2 * LARGE_PAGE  # the second makes way

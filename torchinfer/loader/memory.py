@@ -107,11 +107,11 @@ class Staging:
             self._free.append(buffer)
             self._condition.notify_all()
 
-    def forget(self, buffer: Tensor) -> None:
-        """Let go of a buffer that a reader which hangs may still write to: it is freed when that reader ends."""
+    def clear(self) -> None:
+        """Free the buffers that nobody uses."""
         with self._condition:
-            self._held -= len(buffer)
-            self._condition.notify_all()
+            self._held -= sum(map(len, self._free))
+            self._free.clear()
 
     def _remove_free(self, buffer: Tensor) -> None:
         self._free = [other for other in self._free if other is not buffer]
