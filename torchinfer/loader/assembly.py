@@ -76,6 +76,13 @@ class Assembly:
             return None
         return self._destination(placement.parameter, piece).reshape(-1).view(torch.uint8)
 
+    def relocate(self, pieces: Iterable[Piece]) -> None:
+        """Give the parameters that have places for these pieces other memory, with all that has been read: somebody may
+        still write to the old one."""
+        with self._lock:
+            for name in {self._placements[piece.entry.name].parameter for piece in pieces}:
+                self._open[name] = self._allocate(name).copy_(self._open[name])
+
     def put(self, piece: Piece, content: Tensor, is_part: bool = False) -> None:
         """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`.
         `is_part`: of its columns there are only this process's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from torchinfer.errors import DeviceError
 from torchinfer.loader.retry import Stopped
+
+logger = logging.getLogger(__name__)
 
 LARGE_PAGE = 2 << 20
 SLAB_BYTES = 512 << 20
@@ -29,7 +32,10 @@ def allocate(num_bytes: int) -> Tensor:
     except OSError as error:
         raise DeviceError(f"the host has no {num_bytes} bytes of memory: {error}; use a machine with more") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel that was built without them
+            logger.debug("no large pages: %s", error)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -101,11 +107,11 @@ class Staging:
             self._free.append(buffer)
             self._condition.notify_all()
 
-    def forget(self, buffer: Tensor) -> None:
-        """Let go of a buffer that a reader which hangs may still write to: it is freed when that reader ends."""
+    def clear(self) -> None:
+        """Free the buffers that nobody uses."""
         with self._condition:
-            self._held -= len(buffer)
-            self._condition.notify_all()
+            self._held -= sum(map(len, self._free))
+            self._free.clear()
 
     def _remove_free(self, buffer: Tensor) -> None:
         self._free = [other for other in self._free if other is not buffer]

@@ -181,7 +181,7 @@ def load_weights(
     plan = _plan(checkpoint, placements, device, shard, options, peers)
     readers = _readers(checkpoint, plan, options, device)
     assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, deliver)
-    readers.place_of = assembly.place_of
+    readers.place_of, readers.relocate = assembly.place_of, assembly.relocate
     exchange = _exchange(plan.shared, shard, peers, placements, assembly, readers, device)
     with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:
         _fill(readers, assembly, exchange, bar)
@@ -195,7 +195,7 @@ def load_weights(
         num_readers=readers.most_readers,
         is_direct=bool(readers.direct.choice),
         peak_host_bytes=readers.staging.peak,
-        num_retries=readers.attempts.num_retries,
+        num_retries=readers.num_retries,
         exchanged_bytes=exchange.num_received if exchange else 0,
     )
     logger.info("%s", report)
