@@ -11,7 +11,15 @@ import torch
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import Placement
-from torchinfer.loader.plan import MAX_GAP_BYTES, SMALLEST_EXTENT_BYTES, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.plan import (
+    MAX_GAP_BYTES,
+    SMALLEST_EXTENT_BYTES,
+    check_fits,
+    copied_bytes,
+    extent_bytes,
+    plan_extents,
+    temporary_bytes,
+)
 from torchinfer.parallel import Cut
 
 MIB = 1 << 20
@@ -99,3 +107,22 @@ def test_readers_have_equally_much_to_read(num_bytes: int, expected: int) -> Non
 def test_all_readers_find_room(limit: int, num_readers: int) -> None:
     length = extent_bytes(True, limit, num_readers, 100_000 * MIB)
     assert length == SMALLEST_EXTENT_BYTES or (num_readers + 1) * (length + 2 * MIB) <= limit
+
+
+def test_what_a_tensor_becomes_is_in_the_limit_too() -> None:
+    tensors = entries((1000, 1100))
+    placements = {"s0": Placement("p", convert=torch.neg)}
+    extents = plan_extents(placements, tensors, MIB)
+    other = temporary_bytes(placements, tensors)
+    assert other == tensors["s0"].num_bytes
+    check_fits(extents, 6 * MIB + other, other)
+    with pytest.raises(ConfigError, match=f"needs {6 * MIB + other} bytes of it at once, {other} of them for what"):
+        check_fits(extents, 6 * MIB + other - 1, other)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 4_400_000), (torch.float64, 8_800_000)])
+def test_copies_are_those_of_an_extent_in_the_larger_of_both_dtypes(dtype: torch.dtype, expected: int) -> None:
+    tensors = entries((1000, 1000), (100, 1000), (1000, 1100))
+    placements = whole(tensors)
+    extents = plan_extents({name: placements[name] for name in ("s0", "s1")}, tensors, 1 << 30)
+    assert copied_bytes(extents, placements, dtype) == expected

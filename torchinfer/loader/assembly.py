@@ -113,7 +113,7 @@ class Assembly:
             placement.pack(value, places)
             return
         for tensor, packed in placement.pack(value).items():
-            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor])
+            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor], is_new=True)
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
@@ -189,10 +189,10 @@ class Assembly:
                 "memory, a smaller dtype, or a smaller model"
             ) from error
 
-    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1) -> None:
-        """Keep a piece on the XLA device. It is copied on the host first, because the transfer may read it later."""
+    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1, is_new: bool = False) -> None:
+        """Keep a piece on the XLA device. What is not `is_new` is copied first: the transfer may read it later."""
         placement = self._placements[piece.entry.name]
-        host = value.to(self._dtype_of(tensor), copy=True).contiguous()
+        host = value.to(self._dtype_of(tensor), copy=not is_new).contiguous()
         if tensor in self._scales:
             check_scale(piece.entry.name, host)
         numbers = torch.arange(self._empty[tensor].numel(), device="meta")
@@ -246,7 +246,9 @@ def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if dtype != torch.float16 or tensor.dtype == dtype or not tensor.numel():
         return
     limit = torch.finfo(dtype).max
-    low, high = (bound.item() for bound in torch.aminmax(tensor))
+    # aminmax would copy a tensor that is not contiguous.
+    bounds = torch.aminmax(tensor) if tensor.is_contiguous() else (tensor.amin(), tensor.amax())
+    low, high = (bound.item() for bound in bounds)
     if not (low >= -limit and high <= limit):
         raise CheckpointError(
             f"tensor {name!r} has values from {low} to {high}; float16 holds {-limit} to {limit}: use dtype bfloat16 "

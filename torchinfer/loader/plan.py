@@ -134,7 +134,7 @@ def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int)
 
 
 def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> None:
-    """Refuse a limit that the largest extent does not fit in, beside `other_bytes` that are held all the time.
+    """Refuse a limit that the largest extent does not fit in, beside `other_bytes`: of conversions, of an exchange.
 
     Raises:
         ConfigError: with that extent's tensor and the limit that would do.
@@ -145,10 +145,28 @@ def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> N
     needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE + other_bytes
     if needed > limit:
         name = max(largest.pieces, key=lambda piece: piece.num_bytes).entry.name
+        beside = f", {other_bytes} of them for what tensors become on the way" if other_bytes else ""
         raise ConfigError(
-            f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once; use "
-            f"load_memory={needed} or more"
+            f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once"
+            f"{beside}; use load_memory={needed} or more"
         )
+
+
+def temporary_bytes(placements: Mapping[str, Placement], tensors: Mapping[str, TensorEntry]) -> int:
+    """Host memory that converting and packing takes at most: one tensor at a time."""
+    return max((placement.temporary_bytes(tensors[name]) for name, placement in placements.items()), default=0)
+
+
+def copied_bytes(extents: Iterable[Extent], placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
+    """Host memory that copies of an extent's tensors take at most, as they become in a model of `dtype`."""
+    return max((sum(_copied(piece, placements, dtype) for piece in extent.pieces) for extent in extents), default=0)
+
+
+def _copied(piece: Piece, placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
+    if piece.is_filler:
+        return 0
+    numbers = piece.num_bytes // piece.entry.dtype.itemsize
+    return max(piece.num_bytes, numbers * dtype.itemsize, placements[piece.entry.name].result_bytes)
 
 
 def _wanted(entry: TensorEntry, placement: Placement) -> Piece:

@@ -22,7 +22,7 @@ from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import Placement, place
-from torchinfer.loader.plan import Extent, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.plan import Extent, check_fits, copied_bytes, extent_bytes, plan_extents, temporary_bytes
 from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import HEAD, quantize_model
@@ -46,7 +46,7 @@ PROBE_BYTES = 1 << 30  # loads of less do not try direct reads: the comparison w
 class LoadOptions:
     """How a checkpoint is read; the ranges are EngineConfig's."""
 
-    memory: int = 2 << 30  # bytes of host memory on the way; the parameters themselves do not count
+    memory: int = 2 << 30  # bytes of host memory on the way, what tensors become on it included; parameters are not
     readers: int | None = None  # at most, each with a file handle of its own; None: as many as bring more
     direct: bool | None = None  # around the page cache (O_DIRECT); None: what the first extents show to be faster
     verify: bool = False  # compare whole files with their CRC32C: the storage's, or that of a file CRC32C beside them
@@ -81,7 +81,7 @@ class LoadReport:
     num_tensors: int
     num_readers: int  # most at once
     is_direct: bool
-    peak_host_bytes: int  # of staging memory
+    peak_host_bytes: int  # at most held on the way: staging memory, and what tensors become on it
     num_retries: int
     exchanged_bytes: int = 0  # that came from other processes instead of the storage
 
@@ -90,7 +90,7 @@ class LoadReport:
         exchanged = f", {self.exchanged_bytes / 1e9:.3f} GB from other processes" if self.exchanged_bytes else ""
         return (
             f"loaded {self.num_tensors} tensors, {size:.3f} GB in {self.seconds:.2f} s: {rate:.2f} GB/s "
-            f"with {self.num_readers} readers{', O_DIRECT' if self.is_direct else ''}; staging memory "
+            f"with {self.num_readers} readers{', O_DIRECT' if self.is_direct else ''}; host memory on the way "
             f"{self.peak_host_bytes / 1e6:.0f} MB, {self.num_retries} retries{exchanged}"
         )
 
@@ -178,7 +178,7 @@ def load_weights(
     if smoothing is not None:
         placements = smoothing.applied_to(placements)
     peers = find_peers(shard, peers)
-    plan = _plan(checkpoint, placements, device, shard, options, peers)
+    plan = _plan(checkpoint, placements, dtype, device, shard, options, peers)
     readers = _readers(checkpoint, plan, options, device)
     assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, deliver)
     readers.place_of = assembly.place_of
@@ -194,7 +194,7 @@ def load_weights(
         num_tensors=len(placements),
         num_readers=readers.most_readers,
         is_direct=bool(readers.direct.choice),
-        peak_host_bytes=readers.staging.peak,
+        peak_host_bytes=readers.staging.peak + plan.temporary_bytes,
         num_retries=readers.attempts.num_retries,
         exchanged_bytes=exchange.num_received if exchange else 0,
     )
@@ -211,6 +211,7 @@ class _Plan:
     extents: list[Extent]
     shared: SharedPlan
     limit: int  # of staging memory, bytes
+    temporary_bytes: int  # of host memory, that pieces need beside it while they are placed
     first_readers: int
     most_readers: int
 
@@ -222,14 +223,17 @@ class _Plan:
 def _plan(
     checkpoint: Checkpoint,
     placements: Mapping[str, Placement],
+    dtype: torch.dtype,
     device: torch.device,
     shard: Shard,
     options: LoadOptions,
     peers: Peers | None,
 ) -> _Plan:
     is_network = checkpoint.source.is_network
+    temporary = 0 if device.type == "cuda" else temporary_bytes(placements, checkpoint.tensors)
+    limit = options.memory - temporary
     # On XLA pieces are copied once more on the way to the device, of one extent at a time.
-    limit = options.memory // 2 if device.type == "xla" else options.memory
+    limit = limit // 2 if device.type == "xla" else limit
     first, most = options.reader_counts(checkpoint.source)
     whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
     num_bytes = sum(checkpoint.tensors[name].num_bytes for name in placements)
@@ -238,8 +242,9 @@ def _plan(
     own = {name: placement for name, placement in placements.items() if name not in shared.names}
     length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
     extents = [*shared.own, *plan_extents(own, checkpoint.tensors, length, whole_files)]
-    check_fits(extents, limit, shared.staging_bytes)
-    return _Plan(extents, shared, limit, first, most)
+    temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
+    check_fits(extents, options.memory, shared.staging_bytes + temporary)
+    return _Plan(extents, shared, options.memory - temporary, temporary, first, most)
 
 
 def _shared(

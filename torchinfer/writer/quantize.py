@@ -69,14 +69,15 @@ class WriteReport:
     output_bytes: int
     num_files: int
     num_resumed_files: int
-    peak_host_bytes: int  # of staging memory
+    peak_host_bytes: int  # at most held on the way: staging memory, and what pieces become on it
 
     def __str__(self) -> str:
         rate = self.read_bytes / max(self.seconds, 1e-9) / 1e9
         resumed = f" ({self.num_resumed_files} were there)" if self.num_resumed_files else ""
         return (
             f"quantized {self.input_bytes / 1e9:.3f} GB to {self.output_bytes / 1e9:.3f} GB in {self.num_files} "
-            f"files{resumed}, {self.seconds:.2f} s: {rate:.2f} GB/s; staging memory {self.peak_host_bytes / 1e6:.0f} MB"
+            f"files{resumed}, {self.seconds:.2f} s: {rate:.2f} GB/s; host memory on the way "
+            f"{self.peak_host_bytes / 1e6:.0f} MB"
         )
 
 
@@ -206,6 +207,7 @@ class _Run:
     options: LoadOptions
     extents: list[Extent] = field(init=False)
     staging: Staging = field(init=False)
+    temporary_bytes: int = field(init=False)  # of host memory, that a piece needs while it is packed
     _file_of: dict[str, FilePlan] = field(init=False)  # checkpoint tensor -> the file that it goes to
     _remaining: dict[str, int] = field(init=False)  # file -> pieces that are not in it yet
     _open: dict[str, ShardFile] = field(default_factory=dict)
@@ -213,8 +215,9 @@ class _Run:
     def __post_init__(self) -> None:
         self._file_of = {name: file for file in self.files for name in file.slots}
         self.extents = self._plan_extents()
-        check_fits(self.extents, self.options.memory)
-        self.staging = Staging(self.options.memory)
+        self.temporary_bytes = max((self._packed_bytes(extent) for extent in self.extents), default=0)
+        check_fits(self.extents, self.options.memory, self.temporary_bytes)
+        self.staging = Staging(self.options.memory - self.temporary_bytes)
         pieces = [piece for extent in self.extents for piece in extent.pieces if not piece.is_filler]
         self._remaining = {file.name: 0 for file in self.files}
         for piece in pieces:
@@ -287,6 +290,14 @@ class _Run:
         whole_files = {name: checkpoint.stats[name].size for name in self._whole_files()}
         return plan_extents(wanted, checkpoint.tensors, length, whole_files)
 
+    def _packed_bytes(self, extent: Extent) -> int:
+        """Host memory to pack any of an extent's pieces: packed, and in the layout of the file."""
+        found = 0
+        for piece in extent.pieces:
+            if not piece.is_filler and (placement := self.placements[piece.entry.name]).matrix is not None:
+                found = max(found, 2 * piece.num_bytes + placement.temporary_bytes(piece.entry))
+        return found
+
     def _whole_files(self) -> set[str]:
         """What is verified: the files that something is read of."""
         shards = {self.checkpoint.tensors[name].shard for name in self._file_of}
@@ -315,7 +326,7 @@ def _report(run: _Run, files: list[FilePlan], seconds: float) -> WriteReport:
         output_bytes=sum(file.num_bytes for file in files),
         num_files=len(files),
         num_resumed_files=len(files) - len(run.files),
-        peak_host_bytes=run.staging.peak,
+        peak_host_bytes=run.staging.peak + run.temporary_bytes,
     )
 
 
