@@ -6,8 +6,8 @@ cpu     read straight into the parameter where dtype and layout allow, else conv
 cuda    copied from pinned staging memory on the current stream; converted on the device
 xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
 
-With `deliver` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
-of the model is in the host's memory than what is being put together.
+With `delivery` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
+of the model is in the host's memory than what is being put together (opening.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,18 @@ from torch import Tensor, nn
 from torchinfer.device import flush
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader.memory import Slabs, padded
+from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.quantization import QuantizedMatrix
 
-Deliver = Callable[[str, Tensor], Tensor]  # the name and values of a tensor -> what the model gets in its place
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where tensors go when they are whole, and which of them may be put together."""
+
+    deliver: Deliver
+    tensors: OpenTensors
 
 
 class Assembly:
@@ -44,10 +52,10 @@ class Assembly:
         extents: Iterable[Extent],
         dtype: torch.dtype,
         device: torch.device,
-        deliver: Deliver | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         self._model, self._placements, self._dtype, self._device = model, placements, dtype, device
-        self._deliver = deliver
+        self._delivery = delivery
         self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._tied = {name: names for names in tied_names(self._empty) for name in names}
         # Parameter of a placement -> the tensors that it is filled with, where that is not itself.
@@ -64,7 +72,10 @@ class Assembly:
         self._lock = threading.Lock()
 
     def place_of(self, piece: Piece) -> Tensor | None:
-        """Memory to read the piece into, uint8 [num_bytes]; None where it must be converted or sent on."""
+        """Memory to read the piece into, uint8 [num_bytes]; None where it must be converted or sent on. With a
+        delivery the first piece of an extent waits for room, see `OpenTensors.enter`."""
+        if self._delivery is not None:
+            self._delivery.tensors.enter(piece)
         if piece.is_filler:
             return None
         placement = self._placements[piece.entry.name]
@@ -125,6 +136,8 @@ class Assembly:
             if self._remaining[parameter] == 0:
                 for tensor in self._tensors_of(parameter):
                     self._assign(tensor, self._take(tensor))
+                if self._delivery is not None:
+                    self._delivery.tensors.close(parameter)
 
     def wait(self) -> None:
         """Until all that was put has left the host's memory."""
@@ -140,7 +153,7 @@ class Assembly:
             for tensor in self._tensors_of(parameter):
                 self._assign(tensor, torch.empty(self._empty[tensor].shape, dtype=self._dtype_of(tensor)))
         assert not self._open and not any(self._remaining.values()), "place() lists every tensor"
-        if self._deliver is None:
+        if self._delivery is None:
             for module in self._model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self._device))
@@ -148,8 +161,7 @@ class Assembly:
         assert not left, f"nothing filled {left}"
 
     def _dtype_of(self, parameter: str) -> torch.dtype:
-        empty = self._empty[parameter]
-        return self._dtype if isinstance(empty, nn.Parameter) and empty.is_floating_point() else empty.dtype
+        return _held_dtype(self._empty[parameter], self._dtype)
 
     def _num_bytes(self, parameter: str) -> int:
         return math.prod(self._empty[parameter].shape) * self._dtype_of(parameter).itemsize
@@ -180,7 +192,7 @@ class Assembly:
     def _allocate(self, parameter: str) -> Tensor:
         shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
         try:
-            if self._device.type == "cpu" and num_bytes and self._deliver is None:
+            if self._device.type == "cpu" and num_bytes and self._delivery is None:
                 return self._slabs.allocate(num_bytes).view(dtype).view(shape)
             return torch.empty(shape, dtype=dtype, device=self._device)
         except (RuntimeError, DeviceError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
@@ -222,12 +234,25 @@ class Assembly:
     def _assign(self, parameter: str, value: Tensor) -> None:
         if parameter in self._scales and self._device.type != "xla":
             self._check_scales(parameter, value)
-        value = value.to(self._device) if self._deliver is None else self._deliver(parameter, value)
+        value = value.to(self._device) if self._delivery is None else self._delivery.deliver.send(parameter, value)
         if isinstance(self._empty[parameter], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for name in self._tied[parameter]:
             module, _, attribute = name.rpartition(".")
             setattr(self._model.get_submodule(module), attribute, value)
+
+
+def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """What each parameter and persistent buffer takes when it is loaded; a matrix that is packed, all its tensors."""
+    empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    found = {name: tensor.numel() * _held_dtype(tensor, dtype).itemsize for name, tensor in empty.items()}
+    for name, matrix in packed_matrices(model).items():
+        found[name] = sum(found[f"{name}.{tensor}"] for tensor in matrix.specs)
+    return found
+
+
+def _held_dtype(empty: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if isinstance(empty, nn.Parameter) and empty.is_floating_point() else empty.dtype
 
 
 def _convert(name: str, convert: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:

@@ -133,15 +133,16 @@ def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int)
     return max(SMALLEST_EXTENT_BYTES, min(-(-num_bytes // (num_readers * num_turns)), fitting))
 
 
-def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> None:
-    """Refuse a limit that the largest extent does not fit in, beside `other_bytes`: of conversions, of an exchange.
+def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> int:
+    """Refuse a limit that the largest extent does not fit in, beside `other_bytes`: of conversions, of an exchange, of
+    what is put together. Returns what is needed.
 
     Raises:
         ConfigError: with that extent's tensor and the limit that would do.
     """
     largest = max(extents, key=lambda extent: extent.staging_bytes, default=None)
     if largest is None:
-        return
+        return other_bytes
     needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE + other_bytes
     if needed > limit:
         name = max(largest.pieces, key=lambda piece: piece.num_bytes).entry.name
@@ -150,6 +151,7 @@ def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> N
             f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once"
             f"{beside}; use load_memory={needed} or more"
         )
+    return needed
 
 
 def temporary_bytes(placements: Mapping[str, Placement], tensors: Mapping[str, TensorEntry]) -> int:

@@ -9,18 +9,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
-from torchinfer.loader.assembly import Assembly, Deliver, check_scale
+from torchinfer.loader.assembly import Assembly, Delivery, check_scale, parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
 from torchinfer.loader.memory import Staging
+from torchinfer.loader.opening import Deliver, OpeningPlan, OpenTensors, plan_opening
 from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.plan import Extent, check_fits, copied_bytes, extent_bytes, plan_extents, temporary_bytes
 from torchinfer.loader.published import hold_published
@@ -163,7 +164,8 @@ def load_weights(
     Persistent buffers are filled likewise and keep their dtype; other buffers are moved to the device. With a `shard`
     the model has the shapes of one process, and only its part is read. Each byte is read once. A model whose load
     failed is unusable. Where processes exchange what several of them need (exchange.py), all of them call this with the
-    same options; `peers` are those of the default group if it fits. `deliver` is Assembly's.
+    same options; `peers` are those of the default group if it fits. With `deliver` parameters are
+    put together on the host, `device`, and handed over.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
@@ -178,9 +180,12 @@ def load_weights(
     if smoothing is not None:
         placements = smoothing.applied_to(placements)
     peers = find_peers(shard, peers)
-    plan = _plan(checkpoint, placements, dtype, device, shard, options, peers)
+    has_copies = device.type == "xla" or deliver is not None
+    plan = _plan(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
+    plan = plan if deliver is None else plan.with_opening(placements, parameter_bytes(model, dtype), deliver)
     readers = _readers(checkpoint, plan, options, device)
-    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, deliver)
+    delivery = _delivery(plan, deliver, readers)
+    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
     readers.place_of = assembly.place_of
     exchange = _exchange(plan.shared, shard, peers, placements, assembly, readers, device)
     with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:
@@ -194,7 +199,7 @@ def load_weights(
         num_tensors=len(placements),
         num_readers=readers.most_readers,
         is_direct=bool(readers.direct.choice),
-        peak_host_bytes=readers.staging.peak + plan.temporary_bytes,
+        peak_host_bytes=readers.staging.peak + plan.temporary_bytes + (delivery.tensors.peak if delivery else 0),
         num_retries=readers.attempts.num_retries,
         exchanged_bytes=exchange.num_received if exchange else 0,
     )
@@ -206,18 +211,39 @@ def load_weights(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What is read, and with what."""
+    """What is read, and with what; `staging`, `temporary_bytes` and `open_bytes` are the limit together."""
 
     extents: list[Extent]
     shared: SharedPlan
-    limit: int  # of staging memory, bytes
-    temporary_bytes: int  # of host memory, that pieces need beside it while they are placed
+    memory: int  # the limit, bytes
+    temporary_bytes: int  # that pieces need while they are placed, and tensors while they are handed over
     first_readers: int
     most_readers: int
+    opening: OpeningPlan | None = None
+    open_bytes: int = 0  # of tensors that are put together at once
 
     @property
     def num_bytes(self) -> int:
         return sum(extent.num_bytes for extent in self.extents)
+
+    @property
+    def staging(self) -> int:
+        return self.memory - self.temporary_bytes - self.open_bytes
+
+    def with_opening(self, placements: Mapping[str, Placement], sizes: Mapping[str, int], deliver: Deliver) -> _Plan:
+        """The same for tensors that leave the host when they are whole; `sizes`: bytes of each parameter."""
+        parameter_of = {name: placement.parameter for name, placement in placements.items()}
+        opening = plan_opening(self.extents, parameter_of, sizes)
+        temporary = self.temporary_bytes + deliver.num_bytes
+        needed = check_fits(self.extents, self.memory, temporary + opening.most_bytes)
+        room = min((self.memory - temporary) // 2, self.memory - needed + opening.most_bytes)
+        return replace(
+            self,
+            extents=list(opening.extents),
+            temporary_bytes=temporary,
+            opening=opening,
+            open_bytes=max(opening.most_bytes, room),
+        )
 
 
 def _plan(
@@ -228,12 +254,13 @@ def _plan(
     shard: Shard,
     options: LoadOptions,
     peers: Peers | None,
+    has_copies: bool,
 ) -> _Plan:
     is_network = checkpoint.source.is_network
     temporary = 0 if device.type == "cuda" else temporary_bytes(placements, checkpoint.tensors)
     limit = options.memory - temporary
-    # On XLA pieces are copied once more on the way to the device, of one extent at a time.
-    limit = limit // 2 if device.type == "xla" else limit
+    # The other half: on XLA copies of one extent on the way to the device, else tensors that are put together.
+    limit = limit // 2 if has_copies else limit
     first, most = options.reader_counts(checkpoint.source)
     whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
     num_bytes = sum(checkpoint.tensors[name].num_bytes for name in placements)
@@ -244,7 +271,7 @@ def _plan(
     extents = [*shared.own, *plan_extents(own, checkpoint.tensors, length, whole_files)]
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
     check_fits(extents, options.memory, shared.staging_bytes + temporary)
-    return _Plan(extents, shared, options.memory - temporary, temporary, first, most)
+    return _Plan(extents, shared, options.memory, temporary, first, most)
 
 
 def _shared(
@@ -278,6 +305,12 @@ def _shared(
     return plan if is_wanted else nothing
 
 
+def _delivery(plan: _Plan, deliver: Deliver | None, readers: Readers) -> Delivery | None:
+    if deliver is None or plan.opening is None:
+        return None
+    return Delivery(deliver, OpenTensors(plan.opening, plan.open_bytes, readers.attempts.stop))
+
+
 def _exchange(
     plan: SharedPlan,
     shard: Shard,
@@ -299,7 +332,7 @@ def _readers(checkpoint: Checkpoint, plan: _Plan, options: LoadOptions, device: 
         source=checkpoint.source,
         stats=checkpoint.stats,
         extents=deque(plan.extents),
-        staging=Staging(plan.limit, device.type == "cuda"),
+        staging=Staging(plan.staging, device.type == "cuda"),
         place_of=lambda piece: None,
         count=ReaderCount(plan.first_readers, plan.most_readers),
         direct=options.direct_choice(checkpoint.source, plan.num_bytes),
