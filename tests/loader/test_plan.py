@@ -12,11 +12,14 @@ from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import (
+    DEFAULT_MEMORY,
     MAX_GAP_BYTES,
+    ROOM_BYTES,
     SMALLEST_EXTENT_BYTES,
-    check_fits,
+    choose_memory,
     copied_bytes,
     extent_bytes,
+    needed_memory,
     plan_extents,
     temporary_bytes,
 )
@@ -92,9 +95,9 @@ def test_a_tensor_with_a_transform_is_one_piece() -> None:
     placements = {"s0": Placement("p", convert=torch.neg)}
     (extent,) = plan_extents(placements, tensors, MIB)
     assert len(extent.pieces) == 1
-    check_fits([extent], 6 * MIB)
+    choose_memory([extent], 6 * MIB)
     with pytest.raises(ConfigError, match=r"load_memory=4194304 bytes is too little: tensor 's0' needs 6291456 bytes"):
-        check_fits([extent], 4 * MIB)
+        choose_memory([extent], 4 * MIB)
 
 
 @pytest.mark.parametrize(("num_bytes", "expected"), [(256 * MIB, 64), (512 * MIB, 128), (768 * MIB, 96), (1, 4)])
@@ -115,9 +118,9 @@ def test_what_a_tensor_becomes_is_in_the_limit_too() -> None:
     extents = plan_extents(placements, tensors, MIB)
     other = temporary_bytes(placements, tensors)
     assert other == tensors["s0"].num_bytes
-    check_fits(extents, 6 * MIB + other, other)
+    choose_memory(extents, 6 * MIB + other, other)
     with pytest.raises(ConfigError, match=f"needs {6 * MIB + other} bytes of it at once, {other} of them for what"):
-        check_fits(extents, 6 * MIB + other - 1, other)
+        choose_memory(extents, 6 * MIB + other - 1, other)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 4_400_000), (torch.float64, 8_800_000)])
@@ -126,3 +129,11 @@ def test_copies_are_those_of_an_extent_in_the_larger_of_both_dtypes(dtype: torch
     placements = whole(tensors)
     extents = plan_extents({name: placements[name] for name in ("s0", "s1")}, tensors, 1 << 30)
     assert copied_bytes(extents, placements, dtype) == expected
+
+
+def test_without_a_limit_it_is_the_usual_one_or_as_much_as_is_needed() -> None:
+    tensors = entries((1000, 1100))
+    extents = plan_extents(whole(tensors), tensors, MIB)
+    assert choose_memory(extents, None) == DEFAULT_MEMORY
+    needed = needed_memory(extents, 3 * DEFAULT_MEMORY)
+    assert choose_memory(extents, None, 3 * DEFAULT_MEMORY) == needed + ROOM_BYTES > 3 * DEFAULT_MEMORY

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from torchinfer.device import flush
 from torchinfer.errors import CheckpointError, DeviceError
-from torchinfer.loader.memory import Slabs, padded
+from torchinfer.loader.memory import Slabs, allocate, padded
 from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
@@ -192,9 +192,11 @@ class Assembly:
     def _allocate(self, parameter: str) -> Tensor:
         shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
         try:
-            if self._device.type == "cpu" and num_bytes and self._delivery is None:
-                return self._slabs.allocate(num_bytes).view(dtype).view(shape)
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            if self._device.type != "cpu" or not num_bytes:
+                return torch.empty(shape, dtype=dtype, device=self._device)
+            # What is handed over is freed one by one.
+            memory = self._slabs.allocate(num_bytes) if self._delivery is None else allocate(num_bytes)
+            return memory.view(dtype).view(shape)
         except (RuntimeError, DeviceError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
             raise DeviceError(
                 f"{self._device} has no memory for {parameter}, {num_bytes} bytes: {error}; use a device with more "

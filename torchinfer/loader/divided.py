@@ -13,7 +13,8 @@ from torchinfer.device import synchronize
 from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.opening import Deliver
-from torchinfer.loader.weights import LoadOptions, build_empty, load_weights
+from torchinfer.loader.options import LoadOptions
+from torchinfer.loader.weights import build_empty, load_weights
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import DividedModel, Shard, divide, tensors_of
 

@@ -11,8 +11,9 @@ sequential, and a request to Cloud Storage waits 45 ms for its first byte
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,10 @@ from torchinfer.loader.memory import LARGE_PAGE
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.source import ALIGNMENT
 
+logger = logging.getLogger(__name__)
+
+DEFAULT_MEMORY = 2 << 30  # of a load, where no limit is given
+ROOM_BYTES = 512 << 20  # to read beside what is needed at least, where none is
 EXTENT_BYTES = 64 << 20  # on local storage
 NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
@@ -133,25 +138,32 @@ def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int)
     return max(SMALLEST_EXTENT_BYTES, min(-(-num_bytes // (num_readers * num_turns)), fitting))
 
 
-def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> int:
-    """Refuse a limit that the largest extent does not fit in, beside `other_bytes`: of conversions, of an exchange, of
-    what is put together. Returns what is needed.
+def needed_memory(extents: Iterable[Extent], other_bytes: int) -> int:
+    """To read the largest extent beside `other_bytes`: of conversions, of an exchange, of what is put together."""
+    largest = max((extent.staging_bytes for extent in extents), default=0)
+    return -(-largest // LARGE_PAGE) * LARGE_PAGE + other_bytes
+
+
+def choose_memory(extents: Sequence[Extent], limit: int | None, other_bytes: int = 0) -> int:
+    """The memory of a load: `limit`, or without one DEFAULT_MEMORY, and more where the largest tensors need it.
 
     Raises:
-        ConfigError: with that extent's tensor and the limit that would do.
+        ConfigError: `limit` is less than `needed_memory`; with the largest extent's tensor and the limit that would do.
     """
-    largest = max(extents, key=lambda extent: extent.staging_bytes, default=None)
-    if largest is None:
-        return other_bytes
-    needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE + other_bytes
+    needed = needed_memory(extents, other_bytes)
+    if limit is None:
+        if needed + ROOM_BYTES > DEFAULT_MEMORY:
+            logger.info("tensors need %d bytes of load memory at once: it is not %d", needed, DEFAULT_MEMORY)
+        return max(DEFAULT_MEMORY, needed + ROOM_BYTES)
     if needed > limit:
+        largest = max(extents, key=lambda extent: extent.staging_bytes)
         name = max(largest.pieces, key=lambda piece: piece.num_bytes).entry.name
         beside = f", {other_bytes} of them for what tensors become on the way" if other_bytes else ""
         raise ConfigError(
             f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once"
             f"{beside}; use load_memory={needed} or more"
         )
-    return needed
+    return limit
 
 
 def temporary_bytes(placements: Mapping[str, Placement], tensors: Mapping[str, TensorEntry]) -> int:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,57 +19,23 @@ from torchinfer.loader.assembly import Assembly, Delivery, check_scale, paramete
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
+from torchinfer.loader.load_plan import LoadPlan, plan_load
 from torchinfer.loader.memory import Staging
-from torchinfer.loader.opening import Deliver, OpeningPlan, OpenTensors, plan_opening
+from torchinfer.loader.opening import Deliver, OpenTensors
+from torchinfer.loader.options import DEFAULT_OPTIONS, LoadOptions
 from torchinfer.loader.placement import Placement, place
-from torchinfer.loader.plan import Extent, check_fits, copied_bytes, extent_bytes, plan_extents, temporary_bytes
 from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import HEAD, quantize_model
-from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
+from torchinfer.loader.sharing import SharedPlan
 from torchinfer.loader.smoothing import Smoothing
-from torchinfer.loader.source import Source
-from torchinfer.loader.tuning import DirectChoice, ReaderCount
+from torchinfer.loader.tuning import ReaderCount
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
-
-FIRST_READERS, MOST_READERS = min(8, max(2, os.cpu_count() or 2)), 16  # on local storage
-FIRST_NETWORK_READERS, MOST_NETWORK_READERS = 8, 64
-PROBE_BYTES = 1 << 30  # loads of less do not try direct reads: the comparison would cost more than it brings
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """How a checkpoint is read; the ranges are EngineConfig's."""
-
-    memory: int = 2 << 30  # bytes of host memory on the way, what tensors become on it included; parameters are not
-    readers: int | None = None  # at most, each with a file handle of its own; None: as many as bring more
-    direct: bool | None = None  # around the page cache (O_DIRECT); None: what the first extents show to be faster
-    verify: bool = False  # compare whole files with their CRC32C: the storage's, or that of a file CRC32C beside them
-    exchange: bool | None = None  # processes send each other what several need; None: where that is faster
-
-    def __post_init__(self) -> None:
-        if self.exchange and self.verify:
-            raise ConfigError(
-                "exchange=True and verify=True exclude each other: to verify, every process reads whole files; switch "
-                "one of them off"
-            )
-
-    def reader_counts(self, source: Source) -> tuple[int, int]:
-        """How many read at first, and at most."""
-        first, most = FIRST_READERS, MOST_READERS
-        if source.is_network:
-            first, most = FIRST_NETWORK_READERS, MOST_NETWORK_READERS
-        return self.readers or first, self.readers or most
-
-    def direct_choice(self, source: Source, num_bytes: int) -> DirectChoice:
-        """Whether to read around the page cache, for a load of so many bytes."""
-        is_pointless = source.kind == "gs" or (self.direct is None and num_bytes < PROBE_BYTES)
-        return DirectChoice(False if is_pointless else self.direct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +67,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    options: LoadOptions = LoadOptions(),
+    options: LoadOptions = DEFAULT_OPTIONS,
     quantization: str | Mapping[str, str] | None = None,
     smoothing: Smoothing | None = None,
     moe_mode: str = "dropless",
@@ -153,7 +118,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: bool,
-    options: LoadOptions = LoadOptions(),
+    options: LoadOptions = DEFAULT_OPTIONS,
     shard: Shard = WHOLE,
     peers: Peers | None = None,
     smoothing: Smoothing | None = None,
@@ -181,8 +146,12 @@ def load_weights(
         placements = smoothing.applied_to(placements)
     peers = find_peers(shard, peers)
     has_copies = device.type == "xla" or deliver is not None
-    plan = _plan(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
-    plan = plan if deliver is None else plan.with_opening(placements, parameter_bytes(model, dtype), deliver)
+    plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
+    plan = (
+        plan
+        if deliver is None
+        else plan.with_opening(placements, parameter_bytes(model, dtype), deliver, options.memory)
+    )
     readers = _readers(checkpoint, plan, options, device)
     delivery = _delivery(plan, deliver, readers)
     assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
@@ -209,103 +178,7 @@ def load_weights(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is read, and with what; `staging`, `temporary_bytes` and `open_bytes` are the limit together."""
-
-    extents: list[Extent]
-    shared: SharedPlan
-    memory: int  # the limit, bytes
-    temporary_bytes: int  # that pieces need while they are placed, and tensors while they are handed over
-    first_readers: int
-    most_readers: int
-    opening: OpeningPlan | None = None
-    open_bytes: int = 0  # of tensors that are put together at once
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(extent.num_bytes for extent in self.extents)
-
-    @property
-    def staging(self) -> int:
-        return self.memory - self.temporary_bytes - self.open_bytes
-
-    def with_opening(self, placements: Mapping[str, Placement], sizes: Mapping[str, int], deliver: Deliver) -> _Plan:
-        """The same for tensors that leave the host when they are whole; `sizes`: bytes of each parameter."""
-        parameter_of = {name: placement.parameter for name, placement in placements.items()}
-        opening = plan_opening(self.extents, parameter_of, sizes)
-        temporary = self.temporary_bytes + deliver.num_bytes
-        needed = check_fits(self.extents, self.memory, temporary + opening.most_bytes)
-        room = min((self.memory - temporary) // 2, self.memory - needed + opening.most_bytes)
-        return replace(
-            self,
-            extents=list(opening.extents),
-            temporary_bytes=temporary,
-            opening=opening,
-            open_bytes=max(opening.most_bytes, room),
-        )
-
-
-def _plan(
-    checkpoint: Checkpoint,
-    placements: Mapping[str, Placement],
-    dtype: torch.dtype,
-    device: torch.device,
-    shard: Shard,
-    options: LoadOptions,
-    peers: Peers | None,
-    has_copies: bool,
-) -> _Plan:
-    is_network = checkpoint.source.is_network
-    temporary = 0 if device.type == "cuda" else temporary_bytes(placements, checkpoint.tensors)
-    limit = options.memory - temporary
-    # The other half: on XLA copies of one extent on the way to the device, else tensors that are put together.
-    limit = limit // 2 if has_copies else limit
-    first, most = options.reader_counts(checkpoint.source)
-    whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
-    num_bytes = sum(checkpoint.tensors[name].num_bytes for name in placements)
-    block = extent_bytes(is_network, limit, first + 1, num_bytes)
-    shared = _shared(checkpoint, placements, shard, options, peers, block)
-    own = {name: placement for name, placement in placements.items() if name not in shared.names}
-    length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
-    extents = [*shared.own, *plan_extents(own, checkpoint.tensors, length, whole_files)]
-    temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
-    check_fits(extents, options.memory, shared.staging_bytes + temporary)
-    return _Plan(extents, shared, options.memory, temporary, first, most)
-
-
-def _shared(
-    checkpoint: Checkpoint,
-    placements: Mapping[str, Placement],
-    shard: Shard,
-    options: LoadOptions,
-    peers: Peers | None,
-    block_bytes: int,
-) -> SharedPlan:
-    """What this process and others exchange; nothing where each reads for itself."""
-    nothing = plan = SharedPlan(shard.rank)
-    if peers is not None and not options.verify:
-        plan = plan_shared(
-            placements, checkpoint.tensors, shard, peers.block_bytes or block_bytes, peers.smallest_bytes
-        )
-    is_network, is_direct = checkpoint.source.is_network, bool(options.direct)
-    is_wanted, reason = choose_exchange(is_network, is_direct, shard.world, peers is not None, plan.bytes_saved)
-    if options.verify:
-        is_wanted, reason = False, "to verify, every process reads whole files"
-    elif options.exchange is not None:
-        is_wanted, reason = options.exchange, f"exchange={options.exchange} was asked for"
-    if is_wanted and peers is None and shard.world > 1:
-        raise ConfigError(
-            f"exchange=True needs a group of these {shard.world} processes: call torch.distributed.init_process_group "
-            "in all of them, or pass one as peers"
-        )
-    if shard.world > 1:
-        does = "processes exchange what several of them need" if is_wanted else "each process reads all that it needs"
-        logger.info("%s: %s", does, reason)
-    return plan if is_wanted else nothing
-
-
-def _delivery(plan: _Plan, deliver: Deliver | None, readers: Readers) -> Delivery | None:
+def _delivery(plan: LoadPlan, deliver: Deliver | None, readers: Readers) -> Delivery | None:
     if deliver is None or plan.opening is None:
         return None
     return Delivery(deliver, OpenTensors(plan.opening, plan.open_bytes, readers.attempts.stop))
@@ -327,7 +200,7 @@ def _exchange(
     return exchange
 
 
-def _readers(checkpoint: Checkpoint, plan: _Plan, options: LoadOptions, device: torch.device) -> Readers:
+def _readers(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions, device: torch.device) -> Readers:
     return Readers(
         source=checkpoint.source,
         stats=checkpoint.stats,

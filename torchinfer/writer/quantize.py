@@ -29,15 +29,15 @@ from torchinfer.loader.assembly import check_scale
 from torchinfer.loader.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.memory import Staging
+from torchinfer.loader.options import DEFAULT_OPTIONS, LoadOptions
 from torchinfer.loader.placement import Placement, place
-from torchinfer.loader.plan import Extent, Piece, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.plan import DEFAULT_MEMORY, Extent, Piece, choose_memory, extent_bytes, plan_extents
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.source import Source
 from torchinfer.loader.stall import Trial, read_file, unless_stalled
 from torchinfer.loader.tuning import ReaderCount
-from torchinfer.loader.weights import LoadOptions
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.tokenizer_files import load_tokenizer
@@ -48,7 +48,6 @@ from torchinfer.writer.layout import FilePlan, plan_files
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-DEFAULT_OPTIONS = LoadOptions()
 COPIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")  # never pickle files, never programs
 COPIED_NAMES = ("LICENSE", "NOTICE")
 INDEX_SUFFIX = ".index.json"  # ours is another one, and those of pickle files have no use
@@ -216,8 +215,8 @@ class _Run:
         self._file_of = {name: file for file in self.files for name in file.slots}
         self.extents = self._plan_extents()
         self.temporary_bytes = max((self._packed_bytes(extent) for extent in self.extents), default=0)
-        check_fits(self.extents, self.options.memory, self.temporary_bytes)
-        self.staging = Staging(self.options.memory - self.temporary_bytes)
+        memory = choose_memory(self.extents, self.options.memory, self.temporary_bytes)
+        self.staging = Staging(memory - self.temporary_bytes)
         pieces = [piece for extent in self.extents for piece in extent.pieces if not piece.is_filler]
         self._remaining = {file.name: 0 for file in self.files}
         for piece in pieces:
@@ -282,7 +281,7 @@ class _Run:
             self._open.pop(plan.name, None)
 
     def _plan_extents(self) -> list[Extent]:
-        checkpoint, limit = self.checkpoint, self.options.memory
+        checkpoint, limit = self.checkpoint, self.options.memory or DEFAULT_MEMORY
         wanted = {name: self.placements[name] for name in self._file_of}
         num_bytes = sum(checkpoint.tensors[name].num_bytes for name in wanted)
         first_readers, _ = self.options.reader_counts(checkpoint.source)
