@@ -10,7 +10,6 @@ import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.checkpoint import Checkpoint
-from torchinfer.loader.exchange import Peers
 from torchinfer.loader.opening import Deliver, OpeningPlan, plan_opening
 from torchinfer.loader.options import LoadOptions
 from torchinfer.loader.placement import Placement
@@ -24,7 +23,9 @@ from torchinfer.loader.plan import (
     plan_extents,
     temporary_bytes,
 )
+from torchinfer.loader.rounds import Peers
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
+from torchinfer.loader.source import Source
 from torchinfer.parallel import Shard
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,13 @@ def plan_load(
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
     memory = choose_memory(extents, options.memory, shared.staging_bytes + temporary)
     return LoadPlan(extents, shared, memory, temporary, first, most)
+
+
+def may_exchange(source: Source, options: LoadOptions) -> bool:
+    """Whether processes that have a group exchange what several of them need, if there is something: alike in all."""
+    if options.exchange is not None or options.verify:
+        return bool(options.exchange)
+    return source.is_network or bool(options.direct)
 
 
 def _shared(

@@ -18,16 +18,16 @@ from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.assembly import Assembly, Delivery, check_scale, parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
-from torchinfer.loader.exchange import POLL_SECONDS, Exchange, Peers, find_peers
-from torchinfer.loader.load_plan import LoadPlan, plan_load
+from torchinfer.loader.exchange import POLL_SECONDS, Exchange
+from torchinfer.loader.load_plan import LoadPlan, may_exchange, plan_load
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.options import DEFAULT_OPTIONS, LoadOptions
 from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.published import hold_published
 from torchinfer.loader.readers import Readers
+from torchinfer.loader.rounds import Peers, Rounds, find_peers
 from torchinfer.loader.schemes import HEAD, quantize_model
-from torchinfer.loader.sharing import SharedPlan
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.tuning import ReaderCount
 from torchinfer.models import build_model
@@ -128,9 +128,9 @@ def load_weights(
 
     Persistent buffers are filled likewise and keep their dtype; other buffers are moved to the device. With a `shard`
     the model has the shapes of one process, and only its part is read. Each byte is read once. A model whose load
-    failed is unusable. Where processes exchange what several of them need (exchange.py), all of them call this with the
-    same options; `peers` are those of the default group if it fits. With `deliver` parameters are
-    put together on the host, `device`, and handed over.
+    failed is unusable. Where processes may exchange what several of them need (exchange.py), all of them call this with
+    the same options, and an error in one is an error in all; `peers` are those of the default group if it fits. With
+    `deliver` parameters are put together on the host, `device`, and handed over.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
@@ -140,23 +140,20 @@ def load_weights(
         DeviceError: the device's memory does not suffice.
     """
     start = time.perf_counter()
-    placements, problems = place(model, checkpoint.tensors, shard)
-    raise_all(problems, CheckpointError, f"{checkpoint.address} does not fit {_architecture(checkpoint)}")
-    if smoothing is not None:
-        placements = smoothing.applied_to(placements)
     peers = find_peers(shard, peers)
-    has_copies = device.type == "xla" or deliver is not None
-    plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
-    plan = (
-        plan
-        if deliver is None
-        else plan.with_opening(placements, parameter_bytes(model, dtype), deliver, options.memory)
-    )
-    readers = _readers(checkpoint, plan, options, device)
-    delivery = _delivery(plan, deliver, readers)
-    assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
-    readers.place_of = assembly.place_of
-    exchange = _exchange(plan.shared, shard, peers, placements, assembly, readers, device)
+    may_meet = peers is not None and shard.world > 1 and may_exchange(checkpoint.source, options)
+    rounds = Rounds(shard, peers) if peers is not None and may_meet else None
+    with rounds.preparing() if rounds is not None else contextlib.nullcontext():
+        placements = _placements(model, checkpoint, shard, smoothing)
+        has_copies = device.type == "xla" or deliver is not None
+        plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
+        if deliver is not None:
+            plan = plan.with_opening(placements, parameter_bytes(model, dtype), deliver, options.memory)
+        readers = _readers(checkpoint, plan, options, device)
+        delivery = _delivery(plan, deliver, readers)
+        assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
+        readers.place_of = assembly.place_of
+        exchange = _exchange(plan, rounds, placements, assembly, readers, device)
     with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:
         _fill(readers, assembly, exchange, bar)
     if readers.checksums is not None:
@@ -178,6 +175,14 @@ def load_weights(
     return report
 
 
+def _placements(
+    model: nn.Module, checkpoint: Checkpoint, shard: Shard, smoothing: Smoothing | None
+) -> Mapping[str, Placement]:
+    placements, problems = place(model, checkpoint.tensors, shard)
+    raise_all(problems, CheckpointError, f"{checkpoint.address} does not fit {_architecture(checkpoint)}")
+    return placements if smoothing is None else smoothing.applied_to(placements)
+
+
 def _delivery(plan: LoadPlan, deliver: Deliver | None, readers: Readers) -> Delivery | None:
     if deliver is None or plan.opening is None:
         return None
@@ -185,17 +190,16 @@ def _delivery(plan: LoadPlan, deliver: Deliver | None, readers: Readers) -> Deli
 
 
 def _exchange(
-    plan: SharedPlan,
-    shard: Shard,
-    peers: Peers | None,
+    plan: LoadPlan,
+    rounds: Rounds | None,
     placements: Mapping[str, Placement],
     assembly: Assembly,
     readers: Readers,
     device: torch.device,
 ) -> Exchange | None:
-    if peers is None or not plan.items:
+    if rounds is None or not plan.shared.items:
         return None
-    exchange = Exchange(plan, shard, peers, placements, assembly, readers.staging, device)
+    exchange = Exchange(plan.shared, rounds, placements, assembly, readers.staging, device)
     readers.place_of, readers.poll_seconds = exchange.place_of, POLL_SECONDS
     return exchange
 
