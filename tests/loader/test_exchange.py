@@ -108,7 +108,7 @@ def total_bytes(folder: Path) -> int:
 
 
 def bytes_read(ranks: list[dict[str, Any]]) -> int:
-    return sum(rank["report"].num_bytes for rank in ranks)
+    return sum(rank["report"].read_bytes for rank in ranks)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bfloat16", "on device"])

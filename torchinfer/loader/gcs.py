@@ -141,7 +141,7 @@ class GcsReader(Reader):
         stream = self._stream
         if stream and stream.position <= offset < min(stream.stop, stream.position + MAX_GAP_BYTES):
             while stream.position < offset:
-                stream.read_some(memoryview(bytearray(min(SKIP_BYTES, offset - stream.position))))
+                self.skipped_bytes += stream.read_some(memoryview(bytearray(min(SKIP_BYTES, offset - stream.position))))
             return stream
         self.close()
         self._stream = self._source.stream(self._pinned, offset, self._end if offset < self._end else self._pinned.size)

@@ -36,6 +36,8 @@ class FileStat:
 class Reader(abc.ABC):
     """One open file. For one thread, and for reading forward: storage keeps its stream and read-ahead per handle."""
 
+    skipped_bytes: int = 0  # that the storage gave between reads
+
     @abc.abstractmethod
     def read_some(self, offset: int, buffer: memoryview) -> int:
         """Read bytes from `offset` into the writable `buffer`; returns how many, at least 1, or 0 at the file's end.

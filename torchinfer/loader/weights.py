@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.assembly import Assembly, Delivery, check_scale, parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
+from torchinfer.loader.counted import CountedSource
 from torchinfer.loader.exchange import POLL_SECONDS, Exchange
 from torchinfer.loader.load_plan import LoadPlan, may_exchange, plan_load
 from torchinfer.loader.memory import Staging
@@ -40,10 +41,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load took. `num_bytes` as read, in the dtypes of the files."""
+    """What a load took. Bytes are those of the files."""
 
     seconds: float
-    num_bytes: int
+    num_bytes: int  # that were wanted
+    read_bytes: int  # that the storage, or the page cache, gave: what was read twice, skipped or not wanted included
     num_tensors: int
     num_readers: int  # most at once
     is_direct: bool
@@ -54,8 +56,9 @@ class LoadReport:
     def __str__(self) -> str:
         size, rate = self.num_bytes / 1e9, self.num_bytes / max(self.seconds, 1e-9) / 1e9
         exchanged = f", {self.exchanged_bytes / 1e9:.3f} GB from other processes" if self.exchanged_bytes else ""
+        read = f" ({self.read_bytes / 1e9:.3f} GB read)" if self.read_bytes != self.num_bytes else ""
         return (
-            f"loaded {self.num_tensors} tensors, {size:.3f} GB in {self.seconds:.2f} s: {rate:.2f} GB/s "
+            f"loaded {self.num_tensors} tensors, {size:.3f} GB{read} in {self.seconds:.2f} s: {rate:.2f} GB/s "
             f"with {self.num_readers} readers{', O_DIRECT' if self.is_direct else ''}; host memory on the way "
             f"{self.peak_host_bytes / 1e6:.0f} MB, {self.num_retries} retries{exchanged}"
         )
@@ -149,7 +152,8 @@ def load_weights(
         plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
         if deliver is not None:
             plan = plan.with_opening(placements, parameter_bytes(model, dtype), deliver, options.memory)
-        readers = _readers(checkpoint, plan, options, device)
+        source = CountedSource(checkpoint.source)
+        readers = _readers(replace(checkpoint, source=source), plan, options, device)
         delivery = _delivery(plan, deliver, readers)
         assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
         readers.place_of = assembly.place_of
@@ -162,6 +166,7 @@ def load_weights(
     report = LoadReport(
         seconds=time.perf_counter() - start,
         num_bytes=plan.num_bytes,
+        read_bytes=source.num_bytes,
         num_tensors=len(placements),
         num_readers=readers.most_readers,
         is_direct=bool(readers.direct.choice),
