@@ -137,3 +137,11 @@ def test_without_a_limit_it_is_the_usual_one_or_as_much_as_is_needed() -> None:
     assert choose_memory(extents, None) == DEFAULT_MEMORY
     needed = needed_memory(extents, 3 * DEFAULT_MEMORY)
     assert choose_memory(extents, None, 3 * DEFAULT_MEMORY) == needed + ROOM_BYTES > 3 * DEFAULT_MEMORY
+
+
+def test_a_source_may_allow_less_between_two_pieces() -> None:
+    tensors = entries((1, 10), (100,), (1, 10))
+    placements = whole(tensors)
+    del placements["s1"]
+    assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=400)) == 1
+    assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=399)) == 2

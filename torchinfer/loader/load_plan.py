@@ -93,7 +93,10 @@ def plan_load(
     shared = _shared(checkpoint, placements, shard, options, peers, block)
     own = {name: placement for name, placement in placements.items() if name not in shared.names}
     length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
-    extents = [*shared.own, *plan_extents(own, checkpoint.tensors, length, whole_files)]
+    extents = [
+        *shared.own,
+        *plan_extents(own, checkpoint.tensors, length, whole_files, checkpoint.source.max_gap_bytes),
+    ]
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
     memory = choose_memory(extents, options.memory, shared.staging_bytes + temporary)
     return LoadPlan(extents, shared, memory, temporary, first, most)

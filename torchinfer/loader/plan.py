@@ -33,7 +33,7 @@ NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
 NO_FILES: Mapping[str, int] = {}
 TOLERANCE = 0.25  # of an extent that a file's extents may be longer by together: better than one more, short one
-MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent: storage skips them on the same stream
+MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent, where the source says nothing else: skipped on one stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,12 @@ def plan_extents(
     tensors: Mapping[str, TensorEntry],
     extent_bytes: int,
     whole_files: Mapping[str, int] = NO_FILES,
+    max_gap_bytes: int = MAX_GAP_BYTES,
 ) -> list[Extent]:
     """All that these placements need, each byte once, in extents of at most about `extent_bytes`.
 
-    A tensor that is converted as a whole is one piece, whatever its size. Of
-    `whole_files` (name -> bytes) everything else is read too, as filler.
+    A tensor that is converted as a whole is one piece, whatever its size. Of bytes that are not wanted at most
+    `max_gap_bytes` lie between two pieces. Of `whole_files` (name -> bytes) everything else is read too, as filler.
     """
     by_shard: dict[str, list[Piece]] = {shard: [] for shard in whole_files}
     for name, placement in placements.items():
@@ -126,7 +127,9 @@ def plan_extents(
             by_shard.setdefault(entry.shard, []).append(_wanted(entry, placement))
     for shard, size in whole_files.items():
         by_shard[shard] += _fillers(shard, by_shard[shard], size)
-    return [extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes)]
+    return [
+        extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes, max_gap_bytes)
+    ]
 
 
 def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int) -> int:
@@ -204,18 +207,18 @@ def _fillers(shard: str, pieces: list[Piece], size: int) -> list[Piece]:
     return found
 
 
-def _extents(shard: str, pieces: list[Piece], extent_bytes: int) -> Iterator[Extent]:
+def _extents(shard: str, pieces: list[Piece], extent_bytes: int, max_gap_bytes: int) -> Iterator[Extent]:
     """Extents of about the same length, so that readers which started together end together."""
     pieces.sort(key=lambda piece: piece.offset)
     gaps = [after.offset - before.end for before, after in itertools.pairwise(pieces)]
-    length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= MAX_GAP_BYTES)
+    length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= max_gap_bytes)
     length = -(-length // max(1, math.ceil(length / extent_bytes - TOLERANCE)))
     length += length // 64  # or the rounding to whole rows would leave a crumb
     group: list[Piece] = []
     for wanted in pieces:
         rest: Piece | None = wanted
         while rest is not None:
-            if group and rest.offset - group[-1].end > MAX_GAP_BYTES:
+            if group and rest.offset - group[-1].end > max_gap_bytes:
                 yield Extent(shard, tuple(group))
                 group = []
             left = length - (rest.offset - group[0].offset) if group else max(length, rest.smallest_bytes)

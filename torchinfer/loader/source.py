@@ -74,6 +74,7 @@ class Source(abc.ABC):
     address: str  # for messages
     is_network: bool  # a read costs a round trip, and more readers give more
     kind: str  # of storage, for people: "ext4", "fuse.gcsfuse", "gs"
+    max_gap_bytes: int = 4 << 20  # that a handle skips between two reads; beyond, another one reads on
 
     @abc.abstractmethod
     def names(self) -> list[str]:
