@@ -3,7 +3,7 @@
 A tensor that is quantized on the way fills several tensors of its matrix, with rows in each.
 
 cpu     read straight into the parameter where dtype and layout allow, else converted from staging memory
-cuda    copied from pinned staging memory on the current stream; converted on the device
+cuda    copied from pinned staging memory on a stream of its own (device_copies.py); converted on the device
 xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
 
 With `delivery` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchinfer.device import flush
+from torchinfer.device import flush, release_memory
 from torchinfer.errors import CheckpointError, DeviceError
+from torchinfer.loader.device_copies import DeviceCopies
 from torchinfer.loader.memory import Slabs, allocate, padded
 from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
@@ -56,6 +57,7 @@ class Assembly:
     ) -> None:
         self._model, self._placements, self._dtype, self._device = model, placements, dtype, device
         self._delivery = delivery
+        self._copies = DeviceCopies(device, torch.cuda) if device.type == "cuda" else None
         self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._tied = {name: names for names in tied_names(self._empty) for name in names}
         # Parameter of a placement -> the tensors that it is filled with, where that is not itself.
@@ -88,7 +90,8 @@ class Assembly:
         return self._destination(placement.parameter, piece).reshape(-1).view(torch.uint8)
 
     def put(self, piece: Piece, content: Tensor, is_part: bool = False) -> None:
-        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`.
+        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`, or when
+        `release` gives back its buffer.
         `is_part`: of its columns there are only this process's."""
         if piece.is_filler:
             return
@@ -100,8 +103,8 @@ class Assembly:
         value = content.view(piece.entry.dtype).view(shape)
         if placement.view is not None:
             value = value.view(placement.view)
-        if self._device.type == "cuda":
-            value = value.to(self._device, non_blocking=True)
+        if self._copies is not None and value.device.type == "cpu":
+            value = self._copies.to_device(value)
         if placement.convert is not None:
             value = _convert(piece.entry.name, placement.convert, value)
         if cut is not None and not is_part:
@@ -146,8 +149,25 @@ class Assembly:
         elif self._device.type == "xla":
             flush(self._device)
 
+    def release(self, buffer: Tensor, give_back: Callable[[Tensor], None]) -> None:
+        """Give a buffer back when all that was put has left it: now, or in a later `collect`."""
+        if self._copies is not None:
+            self._copies.release(buffer, give_back)
+            return
+        self.wait()
+        give_back(buffer)
+
+    def collect(self) -> None:
+        """Give back released buffers, as far as they are copied."""
+        if self._copies is not None:
+            self._copies.collect()
+
     def finish(self) -> None:
         """Assign parameters without values and move the buffers that no checkpoint has; see that nothing is left."""
+        if self._copies is not None:
+            self.wait()
+            self._copies.collect()
+            release_memory(self._device)  # of the copy stream, which nobody else can use
         filled = {placement.parameter for placement in self._placements.values()}
         for parameter in filled - self._remaining.keys():
             for tensor in self._tensors_of(parameter):

@@ -19,14 +19,15 @@ from torchinfer.loader.assembly import Assembly, Delivery, check_scale, paramete
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.counted import CountedSource
-from torchinfer.loader.exchange import POLL_SECONDS, Exchange
+from torchinfer.loader.exchange import POLL_SECONDS as EXCHANGE_POLL_SECONDS
+from torchinfer.loader.exchange import Exchange
 from torchinfer.loader.load_plan import LoadPlan, may_exchange, plan_load
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.options import DEFAULT_OPTIONS, LoadOptions
 from torchinfer.loader.placement import Placement, place
 from torchinfer.loader.published import hold_published
-from torchinfer.loader.readers import Readers
+from torchinfer.loader.readers import POLL_SECONDS, Readers
 from torchinfer.loader.rounds import Peers, Rounds, find_peers
 from torchinfer.loader.schemes import HEAD, quantize_model
 from torchinfer.loader.smoothing import Smoothing
@@ -37,6 +38,8 @@ from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
+
+COPY_POLL_SECONDS = 0.002  # in which copies to a device are looked after while nothing was read
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +208,7 @@ def _exchange(
     if rounds is None or not plan.shared.items:
         return None
     exchange = Exchange(plan.shared, rounds, placements, assembly, readers.staging, device)
-    readers.place_of, readers.poll_seconds = exchange.place_of, POLL_SECONDS
+    readers.place_of, readers.poll_seconds = exchange.place_of, EXCHANGE_POLL_SECONDS
     return exchange
 
 
@@ -219,6 +222,7 @@ def _readers(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions, devic
         count=ReaderCount(plan.first_readers, plan.most_readers),
         direct=options.direct_choice(checkpoint.source, plan.num_bytes),
         checksums=Checksums(read_sums(checkpoint.source, checkpoint.stats)) if options.verify else None,
+        poll_seconds=COPY_POLL_SECONDS if device.type == "cuda" else POLL_SECONDS,
     )
 
 
@@ -231,8 +235,8 @@ def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: 
                 assembly.put(piece, filled.bytes_of(piece))
             assembly.complete(filled.extent.pieces)
             if filled.buffer is not None:
-                assembly.wait()
-                readers.staging.give_back(filled.buffer)
+                assembly.release(filled.buffer, readers.staging.give_back)
+        assembly.collect()
         if exchange:
             exchange.step()
         num_bytes = readers.num_bytes
