@@ -39,7 +39,8 @@ ENGINE = FlagSet(
         "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
         "cuda_graphs": "CUDA: capture steps in which all requests decode, at the start",
         "compile_cache": "XLA: folder that keeps compiled programs between starts",
-        "load_memory": "host memory for what is on its way from the checkpoint to its place",
+        "load_memory": "host memory for what is on its way from the checkpoint to its place (default: 2GiB, or more "
+        "where the largest tensors need it)",
         "load_readers": "parts of files read at once, at most (default: as many as bring more)",
         "load_direct": "read around the page cache, O_DIRECT (default: where the first reads show a gain)",
         "verify": "compare whole files with their CRC32C: Cloud Storage's, or that of a file CRC32C beside them",

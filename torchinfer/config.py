@@ -62,7 +62,9 @@ class EngineConfig:
     moe_capacity_factor: float = 1.25
     cuda_graphs: bool = True  # CUDA: steps in which all requests decode are captured at the start, in buckets
     compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
-    load_memory: Size = 2 << 30  # bytes of host memory for what is on its way from the checkpoint to its place
+    # Bytes of host memory for what is on its way from the checkpoint to its place; None: 2 GiB, or more where the
+    # largest tensors need it.
+    load_memory: Size | None = None
     load_readers: int | None = None  # parts of files read at once, at most; None: as many as bring more
     load_direct: bool | None = None  # read around the page cache (O_DIRECT); None: where the first reads show a gain
     verify: bool = False  # compare the checkpoint's files with their CRC32C while they are loaded
@@ -120,7 +122,7 @@ def _range_problems(c: EngineConfig) -> list[str]:
         value = getattr(c, name)
         if value is not None and value < 1:
             found.append(f"{name}={value} must be at least 1")
-    if c.load_memory < SMALLEST_LOAD_MEMORY:
+    if c.load_memory is not None and c.load_memory < SMALLEST_LOAD_MEMORY:
         found.append(f"load_memory={c.load_memory} must be at least {SMALLEST_LOAD_MEMORY} bytes")
     if c.load_readers is not None and c.load_readers < 1:
         found.append(f"load_readers={c.load_readers} must be at least 1")
