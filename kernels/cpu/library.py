@@ -114,8 +114,11 @@ def require(is_fit: bool, rule: str, *tensors: Tensor) -> None:
         ValueError: with the rule, the shapes and dtypes.
     """
     if not is_fit:
-        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}" for tensor in tensors)
-        raise ValueError(f"{rule}; got {found}")
+        found = ", ".join(
+            f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())} on {tensor.device}"
+            for tensor in tensors
+        )
+        raise ValueError(f"{rule}; got {found}" if tensors else rule)
 
 
 def with_dense_rows(x: Tensor) -> Tensor:
