@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from torchinfer.sequence import Sequence
 
-Ids, Reals = NDArray[np.int32], NDArray[np.float64]
+Ids = NDArray[np.int32]
+Reals = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
