@@ -86,7 +86,7 @@ def run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, ba
     ],
     ids=str,
 )
-def test_fused_is_one_by_one(variant: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+def test_fused_is_one_by_one(level: str, variant: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     block, rope_layer = make_block(variant, dtype)
     batch, cache = make_step(), make_cache(cache_dtype)
     x = torch.randn(len(batch.tokens), 72, generator=torch.Generator().manual_seed(3)).to(dtype)

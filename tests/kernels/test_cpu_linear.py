@@ -24,7 +24,7 @@ from torchinfer.testing import assert_close
 pytestmark = pytest.mark.skipif(library.open_library() is None, reason="the CPU library is not built")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = [*PLAIN, *SCHEMES]
-# Rows, inputs, outputs. Inputs are padded to 4 (int8), 8 (int4), 2 (bf16, e4m3fn) or whole groups; outputs to 64.
+# Rows, inputs, outputs. Inputs are padded to 8 (int8, int4), 2 (bf16, e4m3fn) or whole groups; outputs to 64.
 SHAPES = [(1, 128, 64), (5, 63, 65), (33, 500, 130), (0, 128, 4), (7, 384, 1), (12, 1, 70), (2, 2050, 257)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

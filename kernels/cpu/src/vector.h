@@ -11,11 +11,11 @@
 
 #include "types.h"
 
-#if TORCHINFER_IS_avx512 || TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_avx512
 #include "vector_avx512.h"
-#elif TORCHINFER_IS_avx2
+#elif TORCHINFER_WITH_avx2
 #include "vector_avx2.h"
-#elif TORCHINFER_IS_neon
+#elif TORCHINFER_WITH_neon
 #include "vector_neon.h"
 #else
 #include "vector_portable.h"
