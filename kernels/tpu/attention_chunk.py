@@ -112,6 +112,11 @@ class Refs(NamedTuple):
     write_sem: Ref
 
 
+def token_of_row(row: Array, group_size: int) -> Array:
+    """row // group_size of up to 2**11 rows, int32, for groups of up to 128: by multiplication, a division is slow."""
+    return (row * (2**20 // group_size + 1)) >> 20
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some pages of a fetched block, and the rows of a tile of queries that meet them."""
@@ -131,9 +136,8 @@ class Chunk:
         """
         shape, window = (self.rows, LANES), self.config.window
         query = first
-        if not is_decode:  # row // group_size by multiplication: exact, since there are less than 2**10 rows
-            row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            query = first + ((row * (2**16 // self.config.group_size + 1)) >> 16)
+        if not is_decode:
+            query = first + token_of_row(jax.lax.broadcasted_iota(jnp.int32, shape, 0), self.config.group_size)
         visible, seen = [], []
         for index in range(self.num_pages):
             start = base + (self.page + index) * PAGE_SIZE

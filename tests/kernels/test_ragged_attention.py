@@ -19,6 +19,7 @@ from jax import numpy as jnp  # noqa: E402
 from jax._src.pallas.mosaic import interpret  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
+from torchinfer.kernels.tpu.attention_chunk import token_of_row  # noqa: E402
 from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout  # noqa: E402
 from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages  # noqa: E402
 from torchinfer.kernels.tpu.ragged_attention import (  # noqa: E402
@@ -151,6 +152,12 @@ def test_query_blocks_of_one_row_see_what_the_ones_before_wrote(heads, kv_heads,
 
 def test_a_query_block_of_many_tiles_sees_all_before_each_token_and_no_more_than_its_window():
     assert_equal(*run(PREFILLS, 16, 2, 64, "int8", fetch_pages=2, window=50), "int8")
+
+
+@pytest.mark.parametrize("group_size", range(1, 129))
+def test_rows_of_a_group_are_of_one_token(group_size):
+    rows = np.arange(2**11, dtype=np.int32)
+    np.testing.assert_array_equal(token_of_row(rows, group_size), rows // group_size)
 
 
 def test_scales_of_more_heads_than_a_row_has_lanes():
