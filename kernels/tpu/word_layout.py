@@ -40,7 +40,7 @@ def pack_words(values: Tensor, name: str, num_inputs: int) -> Tensor:
         first, step = inputs_at(position, name)
         part = tiles[..., first : first + SUBLANES * step : step, :].to(torch.int32)
         words = words | ((part & (2**width - 1)) << (position * width))
-    return words.flatten(-3, -2)
+    return words.flatten(-3, -2).contiguous()  # on the CPU it has the order of `values`
 
 
 def _bits(values: Tensor) -> Tensor:
