@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchinfer.kernels.cuda.divide import divide
 from torchinfer.kernels.cuda.launch import with_dense_columns
 
 LEAST_SCALE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -84,7 +85,7 @@ def scale_of(
 ) -> tl.tensor:  # [R] float32
     """The scale by which a row's largest number becomes the largest of DTYPE; NaN for a row that has one."""
     largest = 127.0 if DTYPE == tl.int8 else 448.0
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(rows), 1), largest), LEAST_SCALE)
+    scale = tl.maximum(divide(tl.max(tl.abs(rows), 1), largest), LEAST_SCALE)
     is_broken = tl.max((rows != rows).to(tl.int32), 1) > 0
     return tl.where(is_broken, float("nan"), scale)
 
@@ -96,7 +97,7 @@ def to_8_bits(
     DTYPE: tl.constexpr,
 ) -> tl.tensor:  # [R, D] of DTYPE
     """rows / scale, cut off at the ends and rounded to nearest, ties to even."""
-    x = tl.div_rn(rows, scale[:, None])
+    x = divide(rows, scale[:, None])
     if DTYPE == tl.int8:
         bounded = tl.minimum(tl.maximum(x, -128.0), 127.0)
         steps = 12582912.0  # 1.5 * 2^23, next to which float32 has whole numbers only

@@ -52,6 +52,13 @@ def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[d
         assert found["shared_bytes"] <= 113 << 10, found  # so that two blocks fit into a multiprocessor
 
 
+def test_what_has_the_bits_of_the_reference_keeps_subnormal_numbers(on_hopper: list[dict[str, Any]]) -> None:
+    """Others compute roots and powers of two on the way, which are near, and may flush."""
+    for found in on_hopper:
+        assert not any(instruction.startswith("div.rn") for instruction in found["flushing"]), found
+        assert not found["flushing"] or found["name"] not in ("quantize_rows_kernel", "write_kernel"), found
+
+
 def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> None:
     for found in on_hopper:
         has_loop = found["name"] in ("decode_kernel", "chunk_kernel", "matmul_kernel")
