@@ -90,7 +90,7 @@ def rows_of(matrix: object, num_rows: int) -> tuple[Tensor, Tensor | None]:
 
 def timer(matrices: list) -> Callable[..., float | None]:
     """Seconds of a launch over all copies in turn."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     from torchinfer.kernels.cuda.matmul import multiply_rows
 
@@ -107,7 +107,8 @@ def timer(matrices: list) -> Callable[..., float | None]:
         ]
         try:
             return seconds_of(calls) if is_card else interpreted(calls[0])
-        except OutOfResources:
+        except TritonError as error:  # too large for the card, or for its compiler
+            print(f"passed over for {num_rows} rows: {tiles}: {str(error).splitlines()[-1:]}", flush=True)
             return None
 
     return seconds

@@ -129,12 +129,17 @@ def test_replays_of_captured_steps_give_the_ids_of_steps_that_are_computed(
     assert_equal(outputs, expected, 1e-4)
 
 
+class CompilationError(Exception):
+    """Triton's are no RuntimeErrors."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, CompilationError])
 def test_a_step_that_cannot_be_captured_says_how_to_go_without(
-    software_graphs: list[SoftwareGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], software_graphs: list[SoftwareGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def refuse(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise kind("operation not permitted when stream is capturing")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
