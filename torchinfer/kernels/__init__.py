@@ -91,13 +91,14 @@ def _has_cpu_library() -> bool:
 
 def _has_triton() -> bool:
     try:
-        importlib.import_module("triton")
+        problem = importlib.import_module("torchinfer.kernels.cuda.probe").problem()
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
-        return False
-    return True
+        problem = "Triton is not installed: install torchinfer[cuda]"
+    if problem is not None:
+        logger.warning("PyTorch computes in place of the kernels for CUDA, many times slower: %s", problem)
+    return problem is None
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
