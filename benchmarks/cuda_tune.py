@@ -23,7 +23,7 @@ from cuda_kernels import COLD_BYTES, LINEAR, quantized, seconds_of
 from torch import Tensor
 
 MANY = 2048  # rows that tiles of 128 are measured with
-SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8"
+SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8,int4_w4a8"
 TINY = (40, 256)
 
 
@@ -78,14 +78,14 @@ def tensors_of(scheme: str, outputs: int, inputs: int, device: str) -> list[Tens
 
 def rows_of(matrix: object, num_rows: int) -> tuple[Tensor, Tensor | None]:
     """Rows as the matrix is multiplied with, and their scales where they are rounded."""
-    from torchinfer.kernels.cuda.matmul import ACTIVATIONS, Matrix
+    from torchinfer.kernels.cuda.matmul import Matrix
 
     assert isinstance(matrix, Matrix)
     device = matrix.values.device
     x = torch.ones(num_rows, matrix.num_inputs, device=device)
     if matrix.activations == "none":
         return x.bfloat16(), None
-    return x.to(ACTIVATIONS[matrix.activations]), torch.ones(num_rows, device=device)
+    return x.to(matrix.rounded), torch.ones(num_rows, device=device)
 
 
 def timer(matrices: list) -> Callable[..., float | None]:

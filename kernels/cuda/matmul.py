@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
 
 ACTIVATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+NIBBLE_ROWS = torch.bfloat16  # holds the integers of int8, and 4 bits become bfloat16 in few instructions
 LEAST_GROUP = 32  # inputs that share a scale, of which a step takes at least so many
 SUM_BLOCK = 512  # results of a program that adds splits
 
@@ -56,6 +57,11 @@ class Matrix:
         return self.values.shape[-1] * (2 if self.is_nibbles else 1)
 
     @property
+    def rounded(self) -> torch.dtype:
+        """Of rows that are rounded to 8 bits, as they are multiplied."""
+        return NIBBLE_ROWS if self.is_nibbles else ACTIVATIONS[self.activations]
+
+    @property
     def format(self) -> str:
         """int8, float8_e4m3fn-g128, int4-g128-zero, int8-rows: numbers, groups, zeros, rows that are rounded, too."""
         name = "int4" if self.is_nibbles else str(self.values.dtype).removeprefix("torch.")
@@ -79,6 +85,8 @@ def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
     is_known = is_known and (is_whole or (group >= LEAST_GROUP and group & (group - 1) == 0))
     if weight.activations == "none":
         return is_known
+    if weight.values.dtype == torch.uint8:
+        return is_known and weight.activations == "int8"
     is_known = is_known and is_whole and weight.zero is None and weight.row_block == 1
     return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
 
@@ -98,7 +106,7 @@ def multiply(
     if matrix.activations == "none":
         return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
     _require_fit(x, matrix, group_sizes)  # before rows are rounded
-    rounded, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale)
     return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
 
 

@@ -65,7 +65,7 @@ def multiply_add(
 
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def matmul_kernel(
-    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; inputs of each part together
+    x: tl.tensor,  # [N, I], rows `stride` apart; rounded where HAS_ROW_SCALE; inputs of each part together
     values: tl.tensor,  # [E, O, I]; of 4 bits uint8 [E, O, I / 2] or int32 [E, O, I / 8]
     scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO

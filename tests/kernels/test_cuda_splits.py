@@ -67,7 +67,7 @@ def splits_of(x: Tensor, num_outputs: int, num_matrices: int = 1) -> int:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(s, torch.bfloat16) for s in SHAPES] + [(SHAPES[2], torch.float16)])
-@pytest.mark.parametrize("name", ["int8", "int4", "int4_g64", "fp8", "fp8_block", "int8_w8a8", "fp8_w8a8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4_g64", "fp8", "fp8_block", "int8_w8a8", "fp8_w8a8", "int4_w4a8"])
 def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     rows, inputs, outputs, splits = shape
     if SCHEMES[name].column_block:
