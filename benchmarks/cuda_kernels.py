@@ -159,7 +159,7 @@ def linear_case(shape: str, outputs: int, inputs: int, scheme: str, rows: int) -
     def make(device: str) -> Callable[[], object]:
         from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 
-        weight, x = quantized(scheme, (outputs, inputs), device), torch.ones(rows, inputs, device=device).bfloat16()
+        weight, x = prepared(scheme, (outputs, inputs), device), torch.ones(rows, inputs, device=device).bfloat16()
         return lambda: quantized_matmul(x, weight)
 
     num_bytes = SCHEMES[scheme].num_bytes(outputs, inputs) + 2 * rows * (inputs + outputs)
@@ -177,7 +177,7 @@ def grouped_case(experts: int, outputs: int, inputs: int, scheme: str, rows: int
         sizes = torch.tensor([(rows + i) // experts for i in range(experts)], dtype=torch.int32, device=device)
         shape = (experts, outputs, inputs)
         plain = torch.empty(shape, dtype=torch.bfloat16, device=device) if scheme == "bf16" else None
-        weight = quantized(scheme, shape, device) if plain is None else plain.fill_(0.01)
+        weight = prepared(scheme, shape, device) if plain is None else plain.fill_(0.01)
         return lambda: grouped_matmul(x, weight, sizes)
 
     bytes_of_expert = 2 * outputs * inputs if scheme == "bf16" else SCHEMES[scheme].num_bytes(outputs, inputs)
@@ -193,6 +193,14 @@ def quantized(scheme: str, shape: tuple[int, ...], device: str) -> QuantizedWeig
         name: torch.ones(shape[:-2] + spec.shape, device=device).to(spec.dtype) for name, spec in specs.items()
     }
     return SCHEMES[scheme].weight(tensors, shape[-1], ())
+
+
+def prepared(scheme: str, shape: tuple[int, ...], device: str) -> Any:
+    """As a model has it when it is loaded."""
+    from torchinfer.kernels.cuda.packed_weight import prepare
+
+    weight = quantized(scheme, shape, device)
+    return prepare(weight, may_overwrite=True) or weight
 
 
 def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:

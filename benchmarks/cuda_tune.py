@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cuda_kernels import COLD_BYTES, LINEAR, quantized, seconds_of
+from cuda_kernels import COLD_BYTES, LINEAR, prepared, quantized, seconds_of
 from torch import Tensor
 
 MANY = 2048  # rows that tiles of 128 are measured with
@@ -49,7 +49,8 @@ def main() -> None:
 
 def tune(scheme: str, outputs: int, inputs: int, device: str, path: Path) -> None:
     """Search, and write what was found."""
-    from torchinfer.kernels.cuda.matmul import as_matrix, device_name, product_of
+    from torchinfer.kernels.cuda.matmul import device_name, product_of
+    from torchinfer.kernels.cuda.matrix import as_matrix
     from torchinfer.kernels.cuda.tiles import num_processors
     from torchinfer.kernels.cuda.tuned_table import save_entry
     from torchinfer.kernels.cuda.tuning import search
@@ -61,7 +62,7 @@ def tune(scheme: str, outputs: int, inputs: int, device: str, path: Path) -> Non
     start = time.perf_counter()
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(scheme, outputs, inputs, "meta"))
     num_copies = min(8, max(1, COLD_BYTES // num_bytes)) if device == "cuda" else 1
-    matrices = [as_matrix(quantized(scheme, (outputs, inputs), device)) for _ in range(num_copies)]
+    matrices = [as_matrix(prepared(scheme, (outputs, inputs), device)) for _ in range(num_copies)]
     x, _ = rows_of(matrices[0], 1)
     product = product_of(x, matrices[0])
     tuned = search(product, num_processors(x.device), timer(matrices))
@@ -78,7 +79,7 @@ def tensors_of(scheme: str, outputs: int, inputs: int, device: str) -> list[Tens
 
 def rows_of(matrix: object, num_rows: int) -> tuple[Tensor, Tensor | None]:
     """Rows as the matrix is multiplied with, and their scales where they are rounded."""
-    from torchinfer.kernels.cuda.matmul import Matrix
+    from torchinfer.kernels.cuda.matrix import Matrix
 
     assert isinstance(matrix, Matrix)
     device = matrix.values.device

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchinfer.kernels.cuda.gated_activation import gated, gated_activation
 from torchinfer.kernels.cuda.launch import with_dense_columns
-from torchinfer.kernels.cuda.matmul import as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.matmul import multiply_rows
+from torchinfer.kernels.cuda.matrix import Matrix, as_matrix, is_supported
 from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 
@@ -24,7 +25,7 @@ MOST = 32768  # numbers of a row that a program holds in registers
 def linear_of_gated(
     gate_up: Tensor,  # [N, 2 * F]
     activation: str,
-    weight: QuantizedWeight,  # [O, F]
+    weight: QuantizedWeight | Matrix,  # [O, F]
 ) -> Tensor:  # [N, O]
     """See the door: the bits of `quantized_matmul` of `gated_activation`."""
     num_rows, size = len(gate_up), gate_up.shape[1] // 2

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, require, with_dense_columns
-from torchinfer.kernels.cuda.matmul import as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.matmul import multiply_rows
+from torchinfer.kernels.cuda.matrix import Matrix, as_matrix, is_supported
 from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.rms_norm import BLOCK, NUM_WARPS, normalize, rms_norm
@@ -24,7 +25,7 @@ def linear_of_norm(
     norm_weight: Tensor,  # [I]
     epsilon: float,
     offset: float,
-    weight: QuantizedWeight,  # [O, I]
+    weight: QuantizedWeight | Matrix,  # [O, I]
 ) -> Tensor:  # [N, O]
     """See the door: the bits of `quantized_matmul` of `rms_norm`."""
     is_fused = x.ndim == 2 and x.dtype in DTYPES and norm_weight.dtype == x.dtype and is_supported(x, weight)

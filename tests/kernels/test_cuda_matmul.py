@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from torchinfer.kernels.cuda import matmul
 from torchinfer.kernels.cuda.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
+from torchinfer.kernels.cuda.matrix import is_supported
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.gated_activation import gated_activation
@@ -59,7 +59,7 @@ def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def check(gpu: str, x: Tensor, weight: QuantizedWeight) -> None:
-    assert matmul.is_supported(x, weight)
+    assert is_supported(x, weight)
     actual = quantized_matmul(x.to(gpu), moved(weight, gpu)).cpu()
     assert actual.dtype == x.dtype
     assert_close(actual, exact(x, weight))
@@ -103,7 +103,7 @@ def test_what_no_tile_fits_goes_to_the_reference(gpu: str) -> None:
     weight = replace(weight, scale=weight.scale.repeat(1, 2))
     odd = QuantizedWeight(torch.ones(8, 128, dtype=torch.int8), torch.ones(8, 6), 1, 24)
     for one in (weight, odd):
-        assert not matmul.is_supported(x, one)
+        assert not is_supported(x, one)
     assert_close(quantized_matmul(x, odd), exact(x, odd))
 
 

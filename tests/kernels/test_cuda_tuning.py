@@ -17,8 +17,9 @@ import torch
 pytest.importorskip("triton")
 
 from torchinfer.kernels.cuda import matmul
-from torchinfer.kernels.cuda.matmul import as_matrix, device_name, multiply_rows, product_of, tiles_for
+from torchinfer.kernels.cuda.matmul import device_name, multiply_rows, product_of, tiles_for
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
+from torchinfer.kernels.cuda.matrix import as_matrix
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.tiles import Tiles, choose_tiles
 from torchinfer.kernels.cuda.tuned_table import ROWS, Launch, Tuned, load_table, save_entry
