@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cuda_kernels import COLD_BYTES, LINEAR, prepared, quantized, seconds_of
+from cuda_cases import LINEAR, prepared, quantized
+from cuda_kernels import COLD_BYTES, seconds_of
 from torch import Tensor
 
 MANY = 2048  # rows that tiles of 128 are measured with

@@ -36,9 +36,9 @@ def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     attention = "decode bf16 head 128,decode int8 head 128,decode fp8 head 128,prefill int8"
     linear = (
         "linear int8 8b-gate_up 1 row,linear fp8 8b-gate_up 1 row,linear int4 8b-gate_up 1 row,"
-        "linear int4 8b-gate_up 64,fp8_w8a8 8b-gate_up 4096"
+        "linear int4 8b-gate_up 64,fp8_w8a8 8b-gate_up,int4_zero,int4_w4a8"
     )
-    cases = f"{attention},{linear},grouped bf16,glue"
+    cases = f"{attention},71/1 heads,{linear},grouped bf16,glue,float32"
     return compiled("9.0", cases, tmp_path_factory.mktemp("triton"))
 
 
@@ -48,7 +48,10 @@ def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[d
     names |= {"norm_and_round_kernel", "gate_and_round_kernel", "sum_splits_kernel"}
     assert {found["name"] for found in on_hopper} == names
     for found in on_hopper:
-        assert found["stack_bytes"] <= 8 and found["registers"] <= 255, found  # two registers, so that more blocks fit
+        assert found["registers"] <= 255 and found["shared_bytes"] <= 227 << 10, found
+        if "float32" in found["case"]:  # which is to be right, not fast
+            continue
+        assert found["stack_bytes"] <= 8, found  # two registers, so that more blocks fit
         assert found["shared_bytes"] <= 113 << 10, found  # so that two blocks fit into a multiprocessor
 
 
@@ -68,9 +71,9 @@ def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> 
 @pytest.mark.parametrize(
     ("case", "num_bytes"),
     [
-        ("attention decode bf16", 2 * 64 * (2 * 128 * 2)),  # a round of two warps: two issue at a time
-        ("attention decode int8", 2 * 64 * (2 * 128 + 8)),
-        ("attention decode fp8", 2 * 64 * (2 * 128 + 8)),
+        ("attention decode bf16 head 128", 2 * 64 * (2 * 128 * 2)),  # a round of two warps: two issue at a time
+        ("attention decode int8 head 128", 2 * 64 * (2 * 128 + 8)),
+        ("attention decode fp8 head 128", 2 * 64 * (2 * 128 + 8)),
         ("linear int8 8b-gate_up 1 rows", 2 * 64 * 128),
         ("linear fp8 8b-gate_up 1 rows", 2 * 64 * 128),
         ("linear int4 8b-gate_up 1 rows", 2 * 64 * (64 + 4)),
