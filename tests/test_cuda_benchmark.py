@@ -30,6 +30,8 @@ def test_every_part_measures_something(folder: Path) -> None:
     *results, summary = run(folder, "--together", "--out", str(folder / "lines"))
     assert summary["ended"] == [result["part"] for result in results] and summary["failed"] == []
     assert {"ceilings", "decode-bf16", "decode-int4", "peer", "host", "throughput", "load-fp8"} <= {*summary["ended"]}
+    assert summary["times_transformers"] > 0
+    assert {"host-mixed", "mixtral"} <= {*summary["ended"]}
     for result in results:
         measured = [value for name, value in result.items() if isinstance(value, float) and name != "part_seconds"]
         assert measured and all(value > 0 for value in measured)

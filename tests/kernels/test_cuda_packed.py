@@ -81,7 +81,7 @@ def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int]) -> Non
     rows, inputs, outputs = shape
     weight = make_weight(name, outputs, inputs)
     bias = torch.randn(outputs, generator=torch.Generator().manual_seed(3)).bfloat16()
-    for dtype in DTYPES if rows != 5 else DTYPES[1:2]:
+    for dtype in DTYPES if rows in (1, 130) else DTYPES[1:2]:
         x = make_input(rows, inputs, dtype)
         actual = linear(x.to(gpu), ready(weight, gpu), bias.to(gpu).to(dtype)).cpu()
         assert actual.dtype == dtype
