@@ -100,7 +100,7 @@ class Readers:
     stall_seconds: float = STALL_SECONDS  # with less than STALL_BYTES, after which another reader reads an extent
     poll_seconds: float = POLL_SECONDS  # after which `filled` gives None
     most_readers: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
     _jobs: set[_Job] = field(default_factory=set)
     _hung: set[_Job] = field(default_factory=set)  # that were given up, and whose readers have not ended
     _deferred: set[_Job] = field(default_factory=set)  # of them, those whose extents nobody reads yet
@@ -159,7 +159,7 @@ class Readers:
     def close(self) -> None:
         """Stop all readers and wait for them; those that the storage does not let go end by themselves, and until then
         hold memory that nothing else uses."""
-        self._stop.set()
+        self.stop.set()
         with self._condition:
             for job in self._jobs | self._hung:
                 job.attempts.stop.set()
@@ -299,7 +299,7 @@ class Readers:
 
     def _next(self) -> _Job | None:
         with self._condition:
-            while not self._stop.is_set():
+            while not self.stop.is_set():
                 if len(self._jobs) < self.count.target and self._num_unplaced <= MAX_UNPLACED:
                     if not self.extents:
                         break

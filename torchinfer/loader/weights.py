@@ -194,7 +194,7 @@ def _placements(
 def _delivery(plan: LoadPlan, deliver: Deliver | None, readers: Readers) -> Delivery | None:
     if deliver is None or plan.opening is None:
         return None
-    return Delivery(deliver, OpenTensors(plan.opening, plan.open_bytes, readers.attempts.stop))
+    return Delivery(deliver, OpenTensors(plan.opening, plan.open_bytes, readers.stop))
 
 
 def _exchange(
