@@ -22,7 +22,7 @@ ENGINE = FlagSet(
         "chips as are asked for, the CPU as many processes",
         "hosts_port": "TPU slices of several hosts: TCP port of the first one, to which the others connect",
         "expert_parallel": "these chips have some of the experts each, whole, not a part of each",
-        "dtype": "of weights and activations; auto: the checkpoint's",
+        "dtype": "of weights and activations; auto: the checkpoint's, on TPU bfloat16 in place of float16",
         "quantization": f"weights, while they are loaded: {SCHEME_HELP} (default: as they are)",
         "calibration": "text file, for int8_w8a8: the unquantized model is run over its beginning, and what is found "
         "evens out the channels that are rounded to int8",

@@ -111,7 +111,8 @@ class DecodeGraphs:
                 self._forward(packed, shape)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # NCCL's own thread asks for the state of events meanwhile, which is no part of this.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             hidden = self._forward(packed, shape)
         return graph, hidden
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def build_engine(config: EngineConfig, group: Group | None = None) -> Engine:
         model_config = with_expert_parallel(model_config)
     max_model_len = _resolve_max_model_len(config, model_config)
     device = _prepare_device(config, model_config)
-    dtype = resolve_dtype(config.dtype, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, checkpoint.config, tensor_cores(device) is not None)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     local = local_config(model_config, config.tensor_parallel_size)
     pages = kernel_pages(local, kv_cache_dtype, tensor_cores(device))
@@ -324,11 +324,23 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return length
 
 
-def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: str, raw: Mapping[str, Any], is_tpu: bool = False) -> torch.dtype:
+    """Of weights and activations; `auto`: that of a checkpoint with config.json `raw`, but bfloat16 for a TPU in place
+    of float16, which neither its units nor its kernels have.
+
+    Raises:
+        CheckpointError, ConfigError: it is none that the device has.
+    """
+    given = name
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise CheckpointError(f"config.json has dtype {name!r}; give dtype as one of {', '.join(DTYPES)}")
+    if is_tpu and name == "float16":
+        if given != "auto":
+            raise ConfigError("dtype='float16': a TPU has bfloat16 in its place; use dtype='bfloat16'")
+        logger.info("the checkpoint's float16 becomes bfloat16, which a TPU has in its place")
+        name = "bfloat16"
     return DTYPES[name]
 
 

@@ -261,7 +261,6 @@ def test_a_batch_that_does_not_fit_is_refused(models):
             {"max_num_batched_tokens": 1025},
             "max_num_batched_tokens=1025 is more than .* context=128 .* at most 1024, or",
         ),
-        ({"topology": "4x4"}, "topology='4x4' of v5e has 4 hosts, and an engine runs on the chips of one: use 2x4, "),
     ],
 )
 def test_a_step_that_no_engine_runs_is_refused_before_anything_is_compiled(models, monkeypatch, given, rule):

@@ -163,23 +163,12 @@ def _place_problems(plan: Plan, options: PlanOptions, place: Placement) -> Itera
             f"max_num_batched_tokens={plan.chunk} is more than the {requests} requests of a prefill step have, of "
             f"context={plan.context} tokens: use at most {requests * plan.context}, or a longer context"
         )
-    if place.topology.num_hosts > 1:
-        yield (
-            f"topology={place.topology.name!r} of {place.accelerator.name} has {place.topology.num_hosts} hosts, "
-            f"and an engine runs on the chips of one: use {_one_host(place)}, with a model that fits there "
-            "(fewer bits, --accelerator), or leave --compile out"
-        )
     for batch in options.batch:
         if batch > place.capacity.num_requests:
             yield (
                 f"batch={batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
                 "ask for at most that"
             )
-
-
-def _one_host(place: Placement) -> str:
-    """The largest topology of one host."""
-    return [each.name for each in place.accelerator.topologies if each.num_hosts == 1][-1]
 
 
 def _check_host() -> None:
@@ -214,7 +203,7 @@ def _compile_step(
     num_pages = batch * shape.table_width + 1
     request = {
         "model": str(Path(options.model).absolute() if Path(options.model).exists() else options.model),
-        "dtype": options.dtype,
+        "dtype": str(plan.source.dtype).removeprefix("torch."),
         "quantization": options.quantization,
         "expert_parallel": options.expert_parallel,
         "num_chips": part.num_chips,

@@ -51,7 +51,8 @@ PLAN = FlagSet(
         "quantization": f"weights: {', '.join(SCHEMES)}, none; with a pattern for the layers that it fits; repeatable "
         "(default: as the checkpoint has them)",
         "kv_cache_dtype": "of the KV cache; auto: the model's",
-        "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's",
+        "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's, for TPU bfloat16 in "
+        "place of float16",
         "expert_parallel": "chips have some of the experts each, whole, not a part of each",
         "context": "tokens of a request, prompt and output together (default: 4096, or the model's context if less)",
         "accelerator": "kind of chip",

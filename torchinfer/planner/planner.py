@@ -87,7 +87,8 @@ def plan(options: PlanOptions) -> Plan:
         UnsupportedModelError: with everything in it that this library cannot compute.
         ConfigError: options that cannot be honoured, all at once; or the model fits nothing that was asked for.
     """
-    source = read_source(options.model, options.dtype, options.quantization, options.expert_parallel)
+    is_tpu = (options.dtype == "auto" or options.compile) and any(map(num_cores, _kinds(options)))
+    source = read_source(options.model, options.dtype, options.quantization, options.expert_parallel, is_tpu)
     cache_dtype = resolve_cache_dtype(options.kv_cache_dtype, source.dtype, HOST)
     raise_all(list(_problems(options, source.config, cache_dtype)), ConfigError, "cannot plan")
     num_parameters = source.build(source.config).num_parameters()  # also shows what is wrong on any number of chips
