@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -167,6 +168,19 @@ def test_memory_that_a_hanging_read_may_write_to_is_not_taken_twice(bed: Bed, ha
         hang.load(LoadOptions(readers=3, memory=LARGE_PAGE), torch.bfloat16)
     assert hang.given_up.is_set() and not hang.ended.is_set()
     assert bed.live_memory() == [LARGE_PAGE]  # nothing else of the load lives as long
+    hang.let_go()
+    assert bed.left() == []
+
+
+def test_ctrl_c_does_not_wait_for_a_read_that_hangs(bed: Bed, hang: Hang) -> None:
+    def interrupted(*arguments: Any) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return hang.hang(*arguments)
+
+    hang.first = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        hang.load(FOUR)
+    assert not hang.ended.is_set()
     hang.let_go()
     assert bed.left() == []
 
