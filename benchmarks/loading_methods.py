@@ -152,7 +152,7 @@ def ours(task: Task) -> Load:
     models = require("torchinfer.models")
     if task["path"].startswith("gs://"):
         require("gcsfs.core")  # or its import would be timed
-    options = loader.LoadOptions(**task.get("options", {}))
+    options = checkpoint.LoadOptions(**task.get("options", {}))
 
     def load() -> int:
         opened = checkpoint.Checkpoint.open(task["path"])

@@ -193,12 +193,24 @@ def test_more_chips_than_there_are_and_chips_after_one_are_refused() -> None:
         "        torch.ones(1, device=resolve_device('xla', size)).sum().item()\n"
         "    except DeviceError as error:\n"
         "        print(error)\n"
+        "    from torchinfer import spmd\n"
+        "    if size == 4:\n"
+        "        own, spmd.own_chips = spmd.own_chips, lambda: [0]\n"
+        "        try:\n"
+        "            spmd.start(2)\n"
+        "        except DeviceError as error:\n"
+        "            print(error)\n"
+        "        spmd.own_chips = own\n"
     )
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    of_hosts = (
+        "tensor_parallel_size=2, but of 2 chips this process has 1, and TPU_WORKER_HOSTNAMES names 1 host: it must"
+    )
+    assert lines.pop(1).startswith(of_hosts)
     assert lines[0].startswith("tensor_parallel_size=4, but this process has 2 CPU chips")
     assert "use tensor_parallel_size=2 (CPU_NUM_DEVICES is their number" in lines[0]
     assert lines[1].startswith("tensor_parallel_size=2, but this process has used XLA on one chip")

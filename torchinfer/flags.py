@@ -127,7 +127,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": _argument(int, "N"),
     "int | None": _argument(int, "N"),
     "Names": _argument(names, "A,B,..."),
-    "Size": _argument(size, "SIZE"),
+    "Size | None": _argument(size, "SIZE"),
     "float": _argument(float, "X"),
     "float | None": _argument(float, "X"),
     "float | int | None": _argument(memory, "SHARE|SIZE"),
@@ -153,8 +153,6 @@ def _default_text(option: Field[Any]) -> str:
         return ""
     if isinstance(option.default, bool):
         return " (default: on)" if option.default else " (default: off)"
-    if option.type == "Size":
-        return f" (default: {option.default / 2**30:g}GiB)"
     if option.type == "Names":
         return f" (default: {','.join(option.default)})"
     return f" (default: {option.default})"

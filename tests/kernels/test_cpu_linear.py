@@ -24,7 +24,7 @@ from torchinfer.testing import assert_close
 pytestmark = pytest.mark.skipif(library.open_library() is None, reason="the CPU library is not built")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NAMES = [*PLAIN, *SCHEMES]
-# Rows, inputs, outputs. Inputs are padded to 4 (int8), 8 (int4), 2 (bf16, e4m3fn) or whole groups; outputs to 64.
+# Rows, inputs, outputs. Inputs are padded to 8 (int8, int4), 2 (bf16, e4m3fn) or whole groups; outputs to 64.
 SHAPES = [(1, 128, 64), (5, 63, 65), (33, 500, 130), (0, 128, 4), (7, 384, 1), (12, 1, 70), (2, 2050, 257)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -141,6 +141,15 @@ def test_a_given_input_scale_cuts_off_what_is_beyond_it(level):
     weight = replace(make_weight("fp8_w8a8", 70, 128), input_scale=torch.tensor([0.01]))
     x = make_input(4, 128, torch.float32)
     assert_close(linear(x, prepare(weight), None), exact(x, weight))
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -0x0001, 0x7F81])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_input_scale_hides_nothing_that_is_not_a_number(level, dtype, bits):
+    weight = replace(make_weight("fp8_w8a8", 70, 128), input_scale=torch.ones(1))
+    x = make_input(3, 128, torch.bfloat16)
+    x.view(torch.int16)[1, 77] = bits
+    assert linear(x.to(dtype), prepare(weight), None).isnan().all(1).tolist() == [False, True, False]
 
 
 def test_zeros_of_groups(level):

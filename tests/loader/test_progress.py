@@ -84,7 +84,9 @@ def test_a_terminal_gets_a_bar_and_one_line(folder: Path, llama_tensors: dict[st
     rates = r"\[00:\d\d<.*B/s, average \d\.\d\d GB/s, \d+ readers\]"
     assert re.match(rf"weights: 100%.* {size}/{size} {rates}", last)
     rates = r"0\.0\d\d GB in \d+\.\d\d s: \d\.\d\d GB/s with 1 readers"
-    assert re.fullmatch(rf"loaded {len(llama_tensors)} tensors, {rates}; staging memory \d+ MB, 0 retries", line)
+    assert re.fullmatch(
+        rf"loaded {len(llama_tensors)} tensors, {rates}; host memory on the way \d+ MB, 0 retries", line
+    )
     assert end == ""
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from torchinfer import spmd
+from torchinfer.device import synchronize
+from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
-from torchinfer.loader.weights import LoadOptions, build_empty, load_weights
+from torchinfer.loader.opening import Deliver
+from torchinfer.loader.options import LoadOptions
+from torchinfer.loader.weights import build_empty, load_weights
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import DividedModel, Shard, divide, tensors_of
 
@@ -39,13 +43,23 @@ def load_divided(
     whole, checkpoint = build_empty(checkpoint, model_config, device, quantization, moe_mode, moe_capacity_factor)
     model = divide(whole, num_chips)
 
-    def deliver(name: str, tensor: Tensor) -> Tensor:
+    def send(name: str, tensor: Tensor) -> Tensor:
         division = model.divisions[name]
-        return spmd.put(lambda chip: division.of(tensor, Shard(chip, num_chips)), division.place, num_chips)
+        found = spmd.put(lambda chip: division.of(tensor, Shard(chip, num_chips)), division.place, num_chips)
+        synchronize(device)  # or what is on its way to the chips would stay on the host, beyond any limit
+        return found
 
-    load_weights(whole, checkpoint, dtype, HOST, progress, options, deliver=deliver)
+    load_weights(whole, checkpoint, dtype, HOST, progress, options, deliver=Deliver(send, _largest_put(model, dtype)))
     loaded = whole.state_dict()
     for name, tensor in tensors_of(whole).items():
-        model.tensors[name] = tensor if name in loaded else deliver(name, tensor)  # what no checkpoint has: constants
+        model.tensors[name] = tensor if name in loaded else send(name, tensor)  # what no checkpoint has: constants
     whole.to_empty(device="meta")  # or it would hold on to what chips exchange for packed matrices
     return model
+
+
+def _largest_put(model: DividedModel, dtype: torch.dtype) -> int:
+    """Bytes of the shares that are cut, or made, of a tensor for all chips, at most."""
+    sizes = parameter_bytes(model.local, dtype)
+    places = {name: division.place for name, division in model.divisions.items()}
+    cut = [size for name, size in sizes.items() if places.get(name, spmd.REPLICATED) != spmd.REPLICATED]
+    return max(cut, default=0) * model.num_chips

@@ -156,7 +156,7 @@ template <class T, class Cache>
 struct AttentionFormatOf {
     using Type = FloatAttention<T, Cache>;
 };
-#if TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_bf16
 template <>
 struct AttentionFormatOf<Bf16, Bf16> {
     using Type = Bf16Attention<Bf16>;
@@ -165,6 +165,8 @@ template <>
 struct AttentionFormatOf<Bf16, Fp8> {
     using Type = Bf16Attention<Fp8>;
 };
+#endif
+#if TORCHINFER_WITH_avx512 && TORCHINFER_WITH_vnni
 template <>
 struct AttentionFormatOf<Bf16, Int8> {
     using Type = Int8Attention<Bf16>;

@@ -4,7 +4,7 @@
 //   FloatAttention  every cache and query, on every level: a word is a float
 //   Bf16Attention   bf16 queries over bf16 and fp8 caches where there are products of bf16: a word is two numbers.
 //                   Probabilities are rounded to bf16, and their sum is that of the rounded ones
-//   Int8Attention   bf16 and float16 queries over int8 caches where there are products of int8: a word is four numbers.
+//   Int8Attention   bf16 and float16 queries over int8 caches where AVX-512 has products of int8: a word is four numbers.
 //                   Queries are split into two bytes (15 bits of their largest number), so are the probabilities times
 //                   the scales of the values (16 bits of the tile's largest scale). Sums are exact
 //
@@ -190,7 +190,7 @@ struct FloatAttention : PlainFactors {
     static F weighted(const float* products, int64_t, int64_t d, F) { return load(products + d); }
 };
 
-#if TORCHINFER_IS_avx512 || TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_avx512
 
 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
@@ -242,6 +242,9 @@ inline void store_transposed(float* target, int64_t stride, const F (&rows)[16])
 }  // namespace
 }  // namespace torchinfer::TORCHINFER_LEVEL
 
-#if TORCHINFER_IS_avx512_vnni_bf16
-#include "attention_vnni_bf16.h"
+#if TORCHINFER_WITH_avx512 && TORCHINFER_WITH_vnni
+#include "attention_vnni.h"
+#endif
+#if TORCHINFER_WITH_bf16
+#include "attention_bf16.h"
 #endif

@@ -1,107 +1,19 @@
-// Calls the library from several threads, on every level and with several sizes of the pool, and compares each result
-// with plain loops. Run by scripts/sanitize under the sanitizers and, for NEON, under qemu.
+// Calls the library from several threads, on every level and with several sizes of the pool, and compares results with
+// plain loops, and those of every function in every dtype with what the portable level gives. Run by scripts/sanitize
+// under ThreadSanitizer and, for NEON, under qemu.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
+#include <functional>
 #include <string>
 #include <thread>
-#include <vector>
 
-#include "isa.h"
-#include "packed.h"
+#include "exercise.h"
 
 using namespace torchinfer;
-
-extern "C" {
-const char* torchinfer_cpu_levels();
-int32_t torchinfer_cpu_choose_level(const char*);
-int32_t torchinfer_cpu_configure(int32_t, int32_t);
-int64_t torchinfer_cpu_packed_bytes(const PackedWeight*);
-int32_t torchinfer_cpu_pack(const PackedWeight*, const void*, void*);
-int32_t torchinfer_cpu_linear(const PackedWeight*, const void*, void*, const void*, const int32_t*, int64_t, int64_t,
-                              int32_t);
-int32_t torchinfer_cpu_attention(const Attention*);
-int32_t torchinfer_cpu_rms_norm(const void*, const void*, void*, int64_t, int64_t, int64_t, float, float, int32_t);
-int32_t torchinfer_cpu_layer_norm(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, float,
-                                  int32_t);
-int32_t torchinfer_cpu_sample(const Sample*);
-int32_t torchinfer_cpu_quantize(const Quantize*);
-}
+using namespace torchinfer::exercise;
 
 namespace {
 
 constexpr int64_t kRows = 9, kOutputs = 130;
-
-void require(bool is_true, const char* what) {
-    if (is_true) return;
-    std::fprintf(stderr, "wrong: %s\n", what);
-    std::exit(1);
-}
-
-// The same numbers on every machine.
-float number(uint32_t index) {
-    const uint32_t mixed = (index * 2654435761u) ^ (index * 40503u >> 3);
-    return static_cast<float>(static_cast<int32_t>(mixed >> 8 & 0xffff) - 32768) / 32768.0f;
-}
-
-struct Matrix {
-    std::vector<uint8_t> rows;
-    std::vector<float> exact;  // what the rows stand for, [outputs][inputs]
-    PackedWeight weight = {};
-    std::vector<float> scale;
-    uint8_t* packed = nullptr;
-    ~Matrix() { std::free(packed); }
-};
-
-float fp8_value(uint8_t code) {
-    const int exponent = code >> 3 & 15, mantissa = code & 7;
-    const float size = exponent > 0 ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
-    return code & 128 ? -size : size;
-}
-
-void put(Matrix& matrix, int64_t index, float value) {
-    const int32_t format = matrix.weight.format;
-    if (format == kFormatFloat32) {
-        std::memcpy(&matrix.rows[index * 4], &value, 4);
-    } else if (format == kFormatBf16) {
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        bits &= 0xffff0000;
-        std::memcpy(&value, &bits, 4);
-        const uint16_t upper = static_cast<uint16_t>(bits >> 16);
-        std::memcpy(&matrix.rows[index * 2], &upper, 2);
-    } else if (format == kFormatInt8) {
-        value = std::round(value * 127);
-        matrix.rows[index] = static_cast<uint8_t>(static_cast<int8_t>(value));
-    } else if (format == kFormatInt4) {
-        value = std::round(value * 7);
-        matrix.rows[index / 2] |= static_cast<uint8_t>((static_cast<int>(value) + 8) << (index % 2 * 4));
-    } else {
-        const uint8_t code = static_cast<uint8_t>(static_cast<int>(value * 120) & 0xf7);
-        matrix.rows[index] = code;
-        value = fp8_value(code);
-    }
-    matrix.exact[index] = value;
-}
-
-void fill(Matrix& matrix, int32_t format, int64_t inputs, int64_t group) {
-    matrix.weight = {};
-    matrix.weight.num_experts = 1, matrix.weight.outputs = kOutputs, matrix.weight.inputs = inputs;
-    matrix.weight.group = group, matrix.weight.format = format;
-    matrix.rows.assign(static_cast<size_t>(kOutputs * inputs * 4), 0);
-    matrix.exact.resize(static_cast<size_t>(kOutputs * inputs));
-    for (int64_t i = 0; i < kOutputs * inputs; ++i) put(matrix, i, number(static_cast<uint32_t>(i + format)));
-    if (format > kFormatBf16) {
-        matrix.scale.assign(static_cast<size_t>(num_blocks(matrix.weight) * num_groups(matrix.weight) * 64), 0.5f);
-        matrix.weight.scale = matrix.scale.data();
-    }
-    const int64_t bytes = torchinfer_cpu_packed_bytes(&matrix.weight);
-    matrix.packed = static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-    require(torchinfer_cpu_pack(&matrix.weight, matrix.rows.data(), matrix.packed) == kOk, "pack");
-    matrix.weight.values = matrix.packed;
-}
 
 void check_linear(const Matrix& matrix) {
     const int64_t inputs = matrix.weight.inputs;
@@ -246,12 +158,14 @@ void check_sample() {
     }
 }
 
-void check_all() {
+void check_all(const std::vector<Outcome>& expected) {
     for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
         for (const int64_t group : {int64_t{1000}, int64_t{32}}) {
             if (group == 32 && format < kFormatInt4) continue;
             Matrix matrix;
-            fill(matrix, format, 160, group);
+            matrix.weight.num_experts = 1, matrix.weight.outputs = kOutputs, matrix.weight.inputs = 160;
+            matrix.weight.group = group, matrix.weight.format = format;
+            fill(matrix);
             check_linear(matrix);
         }
     }
@@ -262,11 +176,14 @@ void check_all() {
     check_quantize(kFormatInt4);
     check_attention(false);
     check_attention(true);
+    check_outcomes(outcomes(), expected);
 }
 
 }  // namespace
 
 int main() {
+    require(torchinfer_cpu_choose_level("portable") == kOk, "choose_level");
+    const std::vector<Outcome> expected = outcomes();
     const std::string levels = std::string(torchinfer_cpu_levels()) + " ";
     for (size_t start = 0; start < levels.size(); start = levels.find(' ', start) + 1) {
         const std::string level = levels.substr(start, levels.find(' ', start) - start);
@@ -274,7 +191,7 @@ int main() {
         for (int num_threads = 1; num_threads <= 4; ++num_threads) {
             torchinfer_cpu_configure(num_threads, 0);
             std::vector<std::thread> callers;
-            for (int caller = 0; caller < 3; ++caller) callers.emplace_back(check_all);
+            for (int caller = 0; caller < 3; ++caller) callers.emplace_back(check_all, std::cref(expected));
             for (std::thread& caller : callers) caller.join();
         }
         std::printf("%s: as plain loops compute\n", level.c_str());

@@ -2,30 +2,23 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 namespace torchinfer {
 
-#define DECLARE_LEVEL(level)   \
-    namespace level {          \
+// CMake's list of the levels that are compiled, the best first: LEVEL(avx2) LEVEL(portable) ...
+#define LEVEL(name)             \
+    namespace name {            \
     extern const Kernels table; \
     }
-#if TORCHINFER_HAS_avx512_vnni_bf16
-DECLARE_LEVEL(avx512_vnni_bf16)
-#endif
-#if TORCHINFER_HAS_avx512
-DECLARE_LEVEL(avx512)
-#endif
-#if TORCHINFER_HAS_avx2
-DECLARE_LEVEL(avx2)
-#endif
-#if TORCHINFER_HAS_neon
-DECLARE_LEVEL(neon)
-#endif
-DECLARE_LEVEL(portable)
+TORCHINFER_LEVELS
+#undef LEVEL
 
 namespace {
 
@@ -44,36 +37,33 @@ bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 bool has_avx512_vnni_bf16() {
-    return has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vbmi");
+    return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
+// Not every compiler that has the flag knows the name. Leaf 7.1, EAX bit 4.
+[[maybe_unused]] bool has_avx2_vnni() {
+#if TORCHINFER_EVEX_VNNI
+    return has_avx512_vnni();
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+#endif
 }
 #elif defined(__aarch64__)
-bool has_neon() {
 #if defined(__linux__)
-    constexpr unsigned long kDotProduct = 1UL << 20;  // HWCAP_ASIMDDP
-    return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+bool has_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+bool has_neon_i8mm() { return has_neon() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
 #else
-    return true;
+bool has_neon() { return true; }
+bool has_neon_i8mm() { return false; }  // nobody to ask
 #endif
-}
 #endif
+bool has_portable() { return true; }
 
-const Level kLevels[] = {
-#if TORCHINFER_HAS_avx512_vnni_bf16
-    {"avx512_vnni_bf16", &avx512_vnni_bf16::table, has_avx512_vnni_bf16},
-#endif
-#if TORCHINFER_HAS_avx512
-    {"avx512", &avx512::table, has_avx512},
-#endif
-#if TORCHINFER_HAS_avx2
-    {"avx2", &avx2::table, has_avx2},
-#endif
-#if TORCHINFER_HAS_neon
-    {"neon", &neon::table, has_neon},
-#endif
-    {"portable", &portable::table, [] { return true; }},
-};
+#define LEVEL(name) {#name, &name::table, has_##name},
+const Level kLevels[] = {TORCHINFER_LEVELS};
+#undef LEVEL
 
 std::atomic<const Level*> chosen{nullptr};
 
@@ -111,16 +101,14 @@ bool choose_level(const char* name) {
 }
 
 const char* level_names() {
-    static char names[128];
-    char* end = names;
-    for (const Level& level : kLevels) {
-        if (!level.is_supported()) continue;
-        if (end != names) *end++ = ' ';
-        const size_t length = std::strlen(level.name);
-        std::memcpy(end, level.name, length + 1);
-        end += length;
-    }
-    return names;
+    static const std::string names = [] {  // made once, whichever threads ask
+        std::string all;
+        for (const Level& level : kLevels) {
+            if (level.is_supported()) all += (all.empty() ? "" : " ") + std::string(level.name);
+        }
+        return all;
+    }();
+    return names.c_str();
 }
 
 }  // namespace torchinfer

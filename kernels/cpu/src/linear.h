@@ -232,7 +232,8 @@ class Pass {
     void compute_tiles(Tile tile, int64_t block, int64_t first_row, Tiles tiles, const uint8_t* next,
                        const Store& put) const {
         alignas(64) float results[kTilesAtOnce][kRows * kBlock];
-        alignas(64) char carried[kTilesAtOnce][kRows * kPlanes * kBlock * 4];
+        constexpr int64_t kLanes = round_up(kRows * kPlanes, Format::kSumLanes);
+        alignas(64) char carried[kTilesAtOnce][kLanes * kBlock * 4];
         Chunk chunk = {0, 0, 0, 0};
         while (next_chunk(tile, tiles.count, chunk)) {
             for (int64_t index = 0; index < tiles.count; ++index) {

@@ -46,19 +46,19 @@ float measure_read(Pool& threads, const void* memory, int64_t bytes, int32_t str
 // `repeats` times a tile's products of a step, on every thread, with all operands in registers.
 template <class Format>
 float multiply_registers(Pool& threads, int64_t repeats) {
-    constexpr int kVectors = Format::kVectors;
+    constexpr int kVectors = Format::kVectors, kRows = kNumSums<Format, kTileRows>;
     alignas(64) static const uint8_t numbers[512] = {1, 2, 3};
     const uint8_t* memory = numbers;
     asm volatile("" : "+r"(memory));  // the compiler must not know that sums are equal, or it makes one of them
     float totals[1024] = {};
     parallel_for(threads, threads.num_threads(), [&](int64_t, int thread) {
-        typename Format::Sum sums[kTileRows][kVectors];
+        Sums<Format, kTileRows> sums;
         typename Format::Weight weights[kVectors];
         Format::load_step(memory, 0, Format::tables(), weights);
         const typename Format::Input input = Format::load_input(memory);
         // Unrolled like the products: sums that are indexed somewhere would be kept in memory everywhere.
 #pragma GCC unroll 6
-        for (int row = 0; row < kTileRows; ++row) {
+        for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
                 const typename Format::Input other = Format::load_input(memory + 8 * (row + 1));
@@ -67,15 +67,17 @@ float multiply_registers(Pool& threads, int64_t repeats) {
         }
         for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 6
-            for (int row = 0; row < kTileRows; ++row) {
+            for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) sums[row][v] = Format::multiply(sums[row][v], weights[v], input);
             }
         }
 #pragma GCC unroll 6
-        for (int row = 0; row < kTileRows; ++row) {
+        for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) totals[thread] += static_cast<float>(sum(sums[row][v]));
+            for (int v = 0; v < kVectors; ++v) {
+                totals[thread] += static_cast<float>(sum(Format::lane_of(sums[row][v], 0)));
+            }
         }
     });
     float total = 0;
@@ -96,7 +98,7 @@ int64_t measure_products(Pool& threads, int32_t format, int64_t repeats) {
     }
     used = multiply_registers<Int8Format>(threads, repeats);
     (void)used;
-    return kTileRows * Int8Format::kVectors * 16 * 4;
+    return kTileRows * Int8Format::kVectors * 16 * Int8Format::kStep;
 }
 
 }  // namespace

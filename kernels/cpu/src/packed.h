@@ -9,7 +9,8 @@
 //   fp8       [K / 2]  [2][4][2][4][2]        of 32 outputs: [4 of 8][first or second 16][4 of 16][2 inputs], which two
 //                                             unpackings of bytes turn into two vectors
 //
-// K: the inputs, padded with zeros to whole steps and groups. Outputs are padded to whole blocks.
+// K: the inputs, padded with zeros to whole groups, or to whole steps, of int8 to two steps. Outputs are padded to whole
+// blocks.
 #pragma once
 
 #include "types.h"
@@ -24,7 +25,7 @@ enum Activations : int32_t { kAsTheyAre = 0, kRoundedToInt8 = 1, kRoundedToFp8 =
 constexpr int64_t kBlock = 64;
 constexpr int64_t kMostInputs = 65536;  // 255 * 128 * more may overflow int32
 
-// The same as PackedStruct in kernels/cpu/linear.py. G: groups of inputs with a scale of their own.
+// The same as PackedStruct in kernels/cpu/packed_weight.py. G: groups of inputs with a scale of their own.
 struct PackedWeight {
     const uint8_t* values;    // [experts][blocks][bytes of a block], aligned to 64
     const float* scale;       // [experts][blocks][G][64]; null: 1
@@ -46,7 +47,8 @@ inline int64_t num_groups(const PackedWeight& weight) {
 }
 inline int64_t padded_inputs(const PackedWeight& weight) {
     const int64_t groups = num_groups(weight);
-    return groups > 1 ? groups * weight.group : round_up(weight.inputs, step_inputs(weight.format));
+    const int64_t multiple = weight.format == kFormatInt8 ? 8 : step_inputs(weight.format);
+    return groups > 1 ? groups * weight.group : round_up(weight.inputs, multiple);
 }
 inline int64_t block_bytes(const PackedWeight& weight) {
     return padded_inputs(weight) / step_inputs(weight.format) * step_bytes(weight.format);

@@ -55,12 +55,53 @@ struct Tile {
     Prefetch prefetch;
 };
 
-// The formats. kVectors: how many vectors of 16 outputs are computed at once. Value: a plane's sums of a group.
+// The formats. kVectors: how many vectors of 16 outputs are computed at once. kSumLanes: how many lanes of inputs (rows
+// times planes) a Sum holds. Of each lane comes a number of type Lane for each output.
+template <class S>
+struct OneLane {
+    using Sum = S;
+    using Lane = S;
+    static constexpr int kSumLanes = 1;
+    static Lane lane_of(const Sum& sum, int) { return sum; }
+};
 
+#if TORCHINFER_WITH_i8mm
+
+// Products of matrices: eight inputs of two lanes at once. A last lane that is alone gets what lies behind it as its
+// second one, which nobody asks for.
 struct Int8Format {
+    static constexpr int kStep = 8, kStepBytes = 512, kVectors = kByteVectors, kLaneBytes = 8, kZero = 128;
+    static constexpr int kSumLanes = 2;
+    static constexpr bool kIsInteger = true;
+    using Sum = SumOfTwo;
+    using Lane = I;
+    using Weight = Eights;
+    using Input = EightOfTwo;
+    struct Tables {};
+    static Sum zero_sum() { return zero_of_two(); }
+    static Lane lane_of(const Sum& sum, int lane) { return pick_lane(sum, lane); }
+    static Tables tables() { return {}; }
+    static void load_step(const uint8_t* step, int vector, const Tables&, Weight* weights) {
+        static_assert(kVectors == 1);
+        weights[0] = eights(load_bytes(step + vector * 64), load_bytes(step + 256 + vector * 64));
+    }
+    static Input load_input(const uint8_t* p) { return load_eight_of_two(reinterpret_cast<const int8_t*>(p)); }
+    static Sum multiply(const Sum& sum, const Weight& weight, const Input& input) { return dot(sum, weight, input); }
+};
+
+struct Int4Format : Int8Format {
+    static constexpr int kStepBytes = 256, kZero = 8;
+    static void load_step(const uint8_t* step, int vector, const Tables&, Weight* weights) {
+        const Bytes both = load_bytes(step + vector * 64);
+        weights[0] = eights(low_nibbles(both), high_nibbles(both));
+    }
+};
+
+#else
+
+struct Int8Format : OneLane<I> {
     static constexpr int kStep = 4, kStepBytes = 256, kVectors = kByteVectors, kLaneBytes = 4, kZero = 128;
     static constexpr bool kIsInteger = true;
-    using Sum = I;
     using Weight = Bytes;
     using Input = Quad;
     struct Tables {};
@@ -98,10 +139,11 @@ struct Int4Format : Int8Format {
     }
 };
 
-struct FloatFormat {
+#endif
+
+struct FloatFormat : OneLane<F> {
     static constexpr int kStep = 1, kStepBytes = 256, kVectors = kFloatVectors, kLaneBytes = 4, kZero = 0;
     static constexpr bool kIsInteger = false;
-    using Sum = F;
     using Weight = F;
     using Input = F;
     struct Tables {};
@@ -115,12 +157,11 @@ struct FloatFormat {
     static Sum multiply(Sum sum, const Weight& weight, const Input& input) { return fma(weight, input, sum); }
 };
 
-struct Bf16Format {
+struct Bf16Format : OneLane<F> {
     using Element = std::conditional_t<kHasBf16Products, Bf16, float>;
     static constexpr int kStep = 2, kStepBytes = 256, kVectors = kPairVectors, kLaneBytes = 2 * sizeof(Element);
     static constexpr int kZero = 0;
     static constexpr bool kIsInteger = false;
-    using Sum = F;
     using Weight = Pairs;
     using Input = PairInput;
     struct Tables {};
@@ -145,6 +186,11 @@ struct Fp8Format : Bf16Format {
         for (int v = 0; v < kVectors; v += 2) load_fp8_pairs(step + (vector + v) * 32, tables, weights + v);
     }
 };
+
+template <class Format, int kLanes>
+constexpr int kNumSums = (kLanes + Format::kSumLanes - 1) / Format::kSumLanes;
+template <class Format, int kLanes>
+using Sums = typename Format::Sum[kNumSums<Format, kLanes>][Format::kVectors];
 
 template <class Format>
 constexpr int most_rows(int planes) {
@@ -178,8 +224,7 @@ inline F combine(const Tile&, const F* planes, int64_t, const int32_t*, int) {
 // kVectors vectors of outputs, from `vector` on, over some steps: the inner loop.
 template <class Format, int kLanes>
 inline void sum_steps(const uint8_t* values, const uint8_t* inputs, int64_t steps, int vector,
-                      const typename Format::Tables& tables, Prefetch& prefetch,
-                      typename Format::Sum (&sums)[kLanes][Format::kVectors]) {
+                      const typename Format::Tables& tables, Prefetch& prefetch, Sums<Format, kLanes>& sums) {
     constexpr int kVectors = Format::kVectors;
     int64_t step = 0;
     while (step < steps) {
@@ -189,10 +234,10 @@ inline void sum_steps(const uint8_t* values, const uint8_t* inputs, int64_t step
             typename Format::Weight weights[kVectors];
             Format::load_step(values, vector, tables, weights);
 #pragma GCC unroll 6
-            for (int lane = 0; lane < kLanes; ++lane) {
-                const typename Format::Input input = Format::load_input(inputs + lane * Format::kLaneBytes);
+            for (int i = 0; i < kNumSums<Format, kLanes>; ++i) {
+                const auto input = Format::load_input(inputs + i * Format::kSumLanes * Format::kLaneBytes);
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) sums[lane][v] = Format::multiply(sums[lane][v], weights[v], input);
+                for (int v = 0; v < kVectors; ++v) sums[i][v] = Format::multiply(sums[i][v], weights[v], input);
             }
             values += Format::kStepBytes;
             inputs += kLanes * Format::kLaneBytes;
@@ -201,21 +246,20 @@ inline void sum_steps(const uint8_t* values, const uint8_t* inputs, int64_t step
 }
 
 template <class Format, int kLanes>
-inline void clear_sums(typename Format::Sum (&sums)[kLanes][Format::kVectors]) {
+inline void clear_sums(Sums<Format, kLanes>& sums) {
 #pragma GCC unroll 6
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < kNumSums<Format, kLanes>; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Format::kVectors; ++v) sums[lane][v] = Format::zero_sum();
+        for (int v = 0; v < Format::kVectors; ++v) sums[i][v] = Format::zero_sum();
     }
 }
 
 template <class Format, int kLanes>
-inline void copy_sums(const typename Format::Sum (&from)[kLanes][Format::kVectors],
-                      typename Format::Sum (&to)[kLanes][Format::kVectors]) {
+inline void copy_sums(const Sums<Format, kLanes>& from, Sums<Format, kLanes>& to) {
 #pragma GCC unroll 6
-    for (int lane = 0; lane < kLanes; ++lane) {
+    for (int i = 0; i < kNumSums<Format, kLanes>; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < Format::kVectors; ++v) to[lane][v] = from[lane][v];
+        for (int v = 0; v < Format::kVectors; ++v) to[i][v] = from[i][v];
     }
 }
 
@@ -223,9 +267,8 @@ inline void copy_sums(const typename Format::Sum (&from)[kLanes][Format::kVector
 // there.
 template <class Format, int kLanes, bool kIsFirst>
 __attribute__((noinline)) void add_steps(const uint8_t* values, const uint8_t* inputs, int64_t steps, int vector,
-                                         Prefetch& prefetch,
-                                         typename Format::Sum (&carried)[kLanes][Format::kVectors]) {
-    typename Format::Sum sums[kLanes][Format::kVectors];
+                                         Prefetch& prefetch, Sums<Format, kLanes>& carried) {
+    Sums<Format, kLanes> sums;
     if constexpr (kIsFirst) {
         clear_sums<Format, kLanes>(sums);
     } else {
@@ -240,12 +283,11 @@ __attribute__((noinline)) void add_steps(const uint8_t* values, const uint8_t* i
 template <class Format, int kPlanes, int kRows, bool kHasGroups>
 void compute_chunk(const Tile& tile, const Chunk& chunk, char* carried, float* result) {
     constexpr int kLanes = kRows * kPlanes, kVectors = Format::kVectors;
-    using Sums = typename Format::Sum[kLanes][kVectors];
     const typename Format::Tables tables = Format::tables();
     Prefetch prefetch = tile.prefetch;
     for (int vector = 0; vector < tile.vectors; vector += kVectors) {
         for (int64_t group = chunk.group; group < chunk.group_end; ++group) {
-            Sums sums;
+            Sums<Format, kLanes> sums;
             const int64_t first = group * tile.steps + chunk.step, steps = chunk.step_end - chunk.step;
             const uint8_t* const values = tile.values + first * Format::kStepBytes;
             const uint8_t* const inputs = tile.inputs + first * kLanes * Format::kLaneBytes;
@@ -253,7 +295,7 @@ void compute_chunk(const Tile& tile, const Chunk& chunk, char* carried, float* r
                 clear_sums<Format, kLanes>(sums);
                 sum_steps<Format, kLanes>(values, inputs, steps, vector, tables, prefetch, sums);
             } else {
-                Sums& kept = reinterpret_cast<Sums*>(carried)[vector / kVectors];
+                auto& kept = reinterpret_cast<Sums<Format, kLanes>*>(carried)[vector / kVectors];
                 if (chunk.step == 0) {
                     add_steps<Format, kLanes, true>(values, inputs, steps, vector, prefetch, kept);
                 } else {
@@ -266,8 +308,11 @@ void compute_chunk(const Tile& tile, const Chunk& chunk, char* carried, float* r
             for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
-                    typename Format::Sum planes[kPlanes];
-                    for (int plane = 0; plane < kPlanes; ++plane) planes[plane] = sums[row * kPlanes + plane][v];
+                    typename Format::Lane planes[kPlanes];
+                    for (int plane = 0; plane < kPlanes; ++plane) {
+                        const int lane = row * kPlanes + plane;
+                        planes[plane] = Format::lane_of(sums[lane / Format::kSumLanes][v], lane % Format::kSumLanes);
+                    }
                     const int32_t* const row_sums = tile.sums + row * kPlanes * tile.groups;
                     F value = combine<Format, kPlanes>(tile, planes, group, row_sums, vector + v);
                     float* const place = result + row * kBlock + (vector + v) * 16;

@@ -5,15 +5,17 @@
 //   Bytes          64 bytes               Quad           4 bytes of activations for every lane
 //   Pairs          2 weights for each of 16 outputs, as bfloat16 or as floats
 //   PairInput      2 activations for every lane
+//
+// min(a, b) and max(a, b) are b where one of both is NaN.
 #pragma once
 
 #include "types.h"
 
-#if TORCHINFER_IS_avx512 || TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_avx512
 #include "vector_avx512.h"
-#elif TORCHINFER_IS_avx2
+#elif TORCHINFER_WITH_avx2
 #include "vector_avx2.h"
-#elif TORCHINFER_IS_neon
+#elif TORCHINFER_WITH_neon
 #include "vector_neon.h"
 #else
 #include "vector_portable.h"

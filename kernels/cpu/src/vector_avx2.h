@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: sixteen lanes are two registers. See vector.h.
+// AVX2 with FMA and F16C, with or without products of int8: sixteen lanes are two registers. See vector.h.
 #pragma once
 
 #include <immintrin.h>
@@ -115,6 +115,20 @@ inline Bytes high_nibbles(Bytes a) {
     FOR_BOTH(Bytes, _mm256_and_si256(_mm256_srli_epi16(a.v[i], 4), _mm256_set1_epi8(15)));
 }
 
+#if TORCHINFER_WITH_vnni
+
+struct Quad {
+    __m256i v;
+};
+inline Quad load_quad(const int8_t* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof(word));
+    return {_mm256_set1_epi32(word)};
+}
+inline I dot(I sum, Bytes weights, Quad input) { FOR_BOTH(I, _mm256_dpbusd_epi32(sum.v[i], weights.v[i], input.v)); }
+
+#else
+
 struct Quad {
     __m256i even, odd;  // as int16: products of bytes (vpmaddubsw) may not fit into 16 bits
 };
@@ -133,6 +147,8 @@ inline I dot(I sum, Bytes weights, Quad input) {
     }
     return sum;
 }
+
+#endif
 
 struct Pairs {
     __m256 even[2], odd[2];

@@ -32,7 +32,7 @@ inline F load(const Half* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
-#if TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_bf16
 // Subnormals become zero, which they are for the products of bf16 anyway.
 inline void store(Bf16* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
@@ -95,19 +95,11 @@ inline Bytes load_bytes(const uint8_t* p) { return {_mm512_load_si512(p)}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 
-#if TORCHINFER_IS_avx512_vnni_bf16
-
-constexpr int kPairVectors = 4;
-constexpr bool kHasBf16Products = true;
+#if TORCHINFER_WITH_vnni
 
 struct Quad {
     __m512i v;
 };
-struct Pairs {
-    __m512bh v;
-};
-using PairInput = Pairs;
-
 inline Quad load_quad(const int8_t* p) {
     int32_t word;
     __builtin_memcpy(&word, p, sizeof(word));
@@ -115,6 +107,35 @@ inline Quad load_quad(const int8_t* p) {
 }
 inline I dot(I sum, Bytes weights, Quad input) { return {_mm512_dpbusd_epi32(sum.v, weights.v, input.v)}; }
 
+#else
+
+struct Quad {
+    __m512i even, odd;  // as int16
+};
+inline Quad load_quad(const int8_t* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof(word));
+    const __m512i all = _mm512_set1_epi32(word);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(all, 8), 8), _mm512_srai_epi16(all, 8)};
+}
+inline I dot(I sum, Bytes weights, Quad input) {
+    const __m512i even = _mm512_and_si512(weights.v, _mm512_set1_epi16(255));
+    const __m512i odd = _mm512_srli_epi16(weights.v, 8);
+    const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(even, input.even), _mm512_madd_epi16(odd, input.odd));
+    return {_mm512_add_epi32(sum.v, products)};
+}
+
+#endif
+
+#if TORCHINFER_WITH_bf16
+
+constexpr int kPairVectors = 4;
+constexpr bool kHasBf16Products = true;
+
+struct Pairs {
+    __m512bh v;
+};
+using PairInput = Pairs;
 inline Pairs load_pairs(const Bf16* p) { return {(__m512bh)_mm512_load_si512(p)}; }
 inline PairInput load_pair_input(const Bf16* p) {
     int32_t word;
@@ -167,9 +188,6 @@ inline void load_fp8_pairs(const uint8_t* p, const Fp8Tables& tables, Pairs* pai
 constexpr int kPairVectors = 2;
 constexpr bool kHasBf16Products = false;
 
-struct Quad {
-    __m512i even, odd;  // as int16
-};
 struct Pairs {
     __m512 even, odd;
 };
@@ -177,18 +195,6 @@ struct PairInput {
     __m512 even, odd;
 };
 
-inline Quad load_quad(const int8_t* p) {
-    int32_t word;
-    __builtin_memcpy(&word, p, sizeof(word));
-    const __m512i all = _mm512_set1_epi32(word);
-    return {_mm512_srai_epi16(_mm512_slli_epi16(all, 8), 8), _mm512_srai_epi16(all, 8)};
-}
-inline I dot(I sum, Bytes weights, Quad input) {
-    const __m512i even = _mm512_and_si512(weights.v, _mm512_set1_epi16(255));
-    const __m512i odd = _mm512_srli_epi16(weights.v, 8);
-    const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(even, input.even), _mm512_madd_epi16(odd, input.odd));
-    return {_mm512_add_epi32(sum.v, products)};
-}
 inline Pairs load_pairs(const Bf16* p) {
     const __m512i words = _mm512_load_si512(p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16)),

@@ -10,7 +10,7 @@ constexpr float kLog2OfE = 1.4426950408889634f;
 
 // largest(): of the lanes, where none is NaN.
 // keep_range(): the others become minus infinity.
-#if TORCHINFER_IS_avx512 || TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_avx512
 inline float largest(F value) { return _mm512_reduce_max_ps(value.v); }
 inline F keep_range(F value, int64_t first, int64_t end) {
     const uint32_t from = first <= 0 ? 0xffffu : first >= 16 ? 0u : 0xffffu << first & 0xffffu;
@@ -35,7 +35,7 @@ inline F keep_range(F value, int64_t first, int64_t end) {
 #endif
 
 // scaled(): y 2^n of an integer n from kLeastPower to 127; zero for y up to 1.5 and kLeastPower.
-#if TORCHINFER_IS_avx512 || TORCHINFER_IS_avx512_vnni_bf16
+#if TORCHINFER_WITH_avx512
 constexpr float kLeastPower = -160.0f;
 inline F scaled(F y, F n) { return {_mm512_scalef_ps(y.v, n.v)}; }
 inline F nearest(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -46,7 +46,7 @@ inline F scaled(F y, F n) { return mul(y, power_of_two(n)); }
 inline F nearest(F a) { return to_float(round_to_int(a)); }
 #endif
 
-#if TORCHINFER_IS_avx2
+#if TORCHINFER_WITH_avx2
 inline F power_of_two(F n) {
     F result;
     for (int i = 0; i < 2; ++i) {
@@ -55,7 +55,7 @@ inline F power_of_two(F n) {
     }
     return result;
 }
-#elif TORCHINFER_IS_neon
+#elif TORCHINFER_WITH_neon
 inline F power_of_two(F n) {
     F result;
     for (int i = 0; i < 4; ++i) {
@@ -64,7 +64,7 @@ inline F power_of_two(F n) {
     }
     return result;
 }
-#elif TORCHINFER_IS_portable
+#elif TORCHINFER_WITH_portable
 inline F power_of_two(F n) {
     F result;
     for (int i = 0; i < 16; ++i) {

@@ -1,4 +1,4 @@
-// NEON with the products of int8 (ARMv8.2 dotprod): sixteen lanes are four registers. See vector.h.
+// NEON with the products of int8 (dotprod), or of matrices of int8 (i8mm): sixteen lanes are four registers. See vector.h.
 #pragma once
 
 #include <arm_neon.h>
@@ -58,8 +58,9 @@ inline F add(F a, F b) { FOR_ALL(F, vaddq_f32(a.v[i], b.v[i])); }
 inline F sub(F a, F b) { FOR_ALL(F, vsubq_f32(a.v[i], b.v[i])); }
 inline F mul(F a, F b) { FOR_ALL(F, vmulq_f32(a.v[i], b.v[i])); }
 inline F div(F a, F b) { FOR_ALL(F, vdivq_f32(a.v[i], b.v[i])); }
-inline F min(F a, F b) { FOR_ALL(F, vminq_f32(a.v[i], b.v[i])); }
-inline F max(F a, F b) { FOR_ALL(F, vmaxq_f32(a.v[i], b.v[i])); }
+// The second where one is NaN, as everywhere: vminq and vmaxq would give NaN.
+inline F min(F a, F b) { FOR_ALL(F, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+inline F max(F a, F b) { FOR_ALL(F, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 // y where a > b, else zero.
 inline F where_above(F a, F b, F y) {
     FOR_ALL(F, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a.v[i], b.v[i]), vreinterpretq_u32_f32(y.v[i]))));
@@ -110,6 +111,45 @@ inline Bytes load_bytes(const uint8_t* p) { FOR_ALL(Bytes, vld1q_u8(p + 16 * i))
 inline Bytes low_nibbles(Bytes a) { FOR_ALL(Bytes, vandq_u8(a.v[i], vdupq_n_u8(15))); }
 inline Bytes high_nibbles(Bytes a) { FOR_ALL(Bytes, vshrq_n_u8(a.v[i], 4)); }
 
+#if TORCHINFER_WITH_i8mm
+
+// Eight inputs of each output: of two outputs a register.
+struct Eights {
+    uint8x16_t v[8];
+};
+// From each output's inputs 0 to 3, and from 4 to 7.
+inline Eights eights(Bytes first, Bytes second) {
+    Eights result;
+    for (int i = 0; i < 4; ++i) {
+        const uint32x4_t a = vreinterpretq_u32_u8(first.v[i]), b = vreinterpretq_u32_u8(second.v[i]);
+        result.v[2 * i] = vreinterpretq_u8_u32(vzip1q_u32(a, b));
+        result.v[2 * i + 1] = vreinterpretq_u8_u32(vzip2q_u32(a, b));
+    }
+    return result;
+}
+struct EightOfTwo {
+    int8x16_t v;  // eight inputs of a lane, eight of the next one
+};
+inline EightOfTwo load_eight_of_two(const int8_t* p) { return {vld1q_s8(p)}; }
+// Of two lanes: [8] of [2 outputs][2 lanes].
+struct SumOfTwo {
+    int32x4_t v[8];
+};
+inline SumOfTwo zero_of_two() {
+    SumOfTwo result;
+    for (int i = 0; i < 8; ++i) result.v[i] = vdupq_n_s32(0);
+    return result;
+}
+inline SumOfTwo dot(SumOfTwo sum, const Eights& weights, EightOfTwo input) {
+    for (int i = 0; i < 8; ++i) sum.v[i] = vusmmlaq_s32(sum.v[i], weights.v[i], input.v);
+    return sum;
+}
+inline I pick_lane(const SumOfTwo& sum, int lane) {
+    FOR_ALL(I, lane == 0 ? vuzp1q_s32(sum.v[2 * i], sum.v[2 * i + 1]) : vuzp2q_s32(sum.v[2 * i], sum.v[2 * i + 1]));
+}
+
+#else
+
 struct Quad {
     int8x16_t v;
     int32x4_t offset;  // 128 times the sum of the four, for weights whose sign bit was turned
@@ -127,6 +167,8 @@ inline I dot(I sum, Bytes weights, Quad input) {
     }
     return sum;
 }
+
+#endif
 
 struct Pairs {
     float32x4_t even[4], odd[4];
