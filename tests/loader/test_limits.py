@@ -47,7 +47,7 @@ def test_the_time_of_all_attempts_is_that_of_their_delays(monkeypatch: pytest.Mo
 
 def test_the_grace_and_the_longest_extents_are_the_codes() -> None:
     text = DOCS.replace("\n", " ")
-    assert f"it hangs {readers.GRACE * stall.STALL_SECONDS:.0f} s more" in text
+    assert f"if it hangs {readers.GRACE * stall.STALL_SECONDS:.0f} s more" in text
     assert f"the longest extents, {plan.NETWORK_EXTENT_BYTES >> 20} MiB, take two hours" in text
     hours = plan.NETWORK_EXTENT_BYTES / stall.STALL_BYTES * stall.STALL_SECONDS / 3600
     assert round(hours) == 2
