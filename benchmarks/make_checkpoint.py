@@ -4,9 +4,9 @@
     python benchmarks/make_checkpoint.py --out /tmp/moe --gigabytes 8 --kind moe --shards 1
     python benchmarks/make_checkpoint.py --out /tmp/8b --kind llama3-8b --shards 4
 
-Dense is a Llama, moe a Qwen3 with experts, llama3-8b has that model's shapes and takes 16 GB; torchinfer and
-transformers load all of them. The files are written from one random block, each tensor from another place of it: as
-fast as the disk takes them, and the memory stays small.
+Dense is a Llama, moe a Qwen3 with experts; llama3-8b has that model's shapes and takes 16 GB, mixtral-4-layers those of
+Mixtral 8x7B with 4 layers of 32, 12 GB. torchinfer and transformers load all of them. The files are written from one
+random block, each tensor from another place of it: as fast as the disk takes them, and the memory stays small.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Sizes:
     min_layers: int
     num_experts: int = 0
     vocab_size: int = 0
+    is_mixtral: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -55,15 +56,19 @@ class Sizes:
 
     @property
     def intermediate(self) -> int:
-        """As wide as Llama 3's; an expert's as narrow as Qwen3-30B-A3B's."""
-        return 3 * self.hidden // 8 if self.num_experts else 7 * self.hidden // 2
+        """As wide as Llama 3's and Mixtral's; a Qwen3's expert as narrow as Qwen3-30B-A3B's."""
+        return 3 * self.hidden // 8 if self.num_experts and not self.is_mixtral else 7 * self.hidden // 2
 
 
 DENSE = [
     Sizes(256, 32, 2),
     *(Sizes(hidden, 128, hidden // 128) for hidden in (512, 1024, 2048, 3072, 4096, 5120, 8192)),
 ]
-NAMED = {"llama3-8b": (Sizes(4096, 128, 32, vocab_size=128256), 32)}  # with their layers, whatever is asked for
+NAMED = {  # with their layers, whatever is asked for
+    "llama3-8b": (Sizes(4096, 128, 32, vocab_size=128256), 32),
+    "mixtral-4-layers": (Sizes(4096, 128, 4, 8, 32000, is_mixtral=True), 4),
+    "mixtral-tiny": (Sizes(256, 32, 2, 4, is_mixtral=True), 2),
+}
 MOE = [Sizes(256, 32, 4, 16), Sizes(512, 128, 4, 32), Sizes(1024, 128, 4, 64), Sizes(2048, 128, 4, 128)]
 
 
@@ -133,6 +138,8 @@ def layer_shapes(sizes: Sizes) -> Shapes:
     }
     if not sizes.num_experts:
         return shapes | mlp_shapes("mlp.", sizes)
+    if sizes.is_mixtral:
+        return shapes | mixtral_shapes(sizes)
     shapes |= {"self_attn.q_norm.weight": (sizes.head_dim,), "self_attn.k_norm.weight": (sizes.head_dim,)}
     shapes["mlp.gate.weight"] = (sizes.num_experts, hidden)
     for expert in range(sizes.num_experts):
@@ -143,6 +150,15 @@ def layer_shapes(sizes: Sizes) -> Shapes:
 def mlp_shapes(prefix: str, sizes: Sizes) -> Shapes:
     up, down = (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)
     return {f"{prefix}gate_proj.weight": up, f"{prefix}up_proj.weight": up, f"{prefix}down_proj.weight": down}
+
+
+def mixtral_shapes(sizes: Sizes) -> Shapes:
+    up, down = (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)
+    shapes: Shapes = {"block_sparse_moe.gate.weight": (sizes.num_experts, sizes.hidden)}
+    for expert in range(sizes.num_experts):
+        prefix = f"block_sparse_moe.experts.{expert}."
+        shapes |= {f"{prefix}w1.weight": up, f"{prefix}w2.weight": down, f"{prefix}w3.weight": up}
+    return shapes
 
 
 def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -164,7 +180,10 @@ def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, 
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    if sizes.num_experts:
+    if sizes.is_mixtral:
+        moe = {"num_local_experts": sizes.num_experts, "num_experts_per_tok": 2, "sliding_window": None}
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **moe}
+    elif sizes.num_experts:
         config |= {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",

@@ -57,12 +57,15 @@ def assert_equal_logprobs(result: dict[str, Any]) -> None:
             assert values == pytest.approx(expected, rel=0, abs=1e-4)
 
 
-def test_four_chips_give_the_ids_of_the_cpu_for_every_architecture(tmp_path: Path) -> None:
-    """With 2 key heads, or one: neighbours have the same."""
+@pytest.mark.parametrize(("num_chips", "quantization"), [(4, None), (2, "int8")])
+def test_chips_give_the_ids_of_the_cpu_for_every_architecture(
+    num_chips: int, quantization: str | None, tmp_path: Path
+) -> None:
+    """With 2 key heads, or one: neighbours of four have the same."""
     cases: list[tuple[str, dict[str, Any]]] = [
-        (save(tmp_path / name, name, **SHALLOW), {}) for name in ONE_PER_ARCHITECTURE
+        (save(tmp_path / name, name, **SHALLOW), {"quantization": quantization}) for name in ONE_PER_ARCHITECTURE
     ]
-    for name, result in zip(ONE_PER_ARCHITECTURE, run(4, False, cases, XLA_FLAGS=QUICK), strict=True):
+    for name, result in zip(ONE_PER_ARCHITECTURE, run(num_chips, False, cases, XLA_FLAGS=QUICK), strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
@@ -82,6 +85,22 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
     for result in results:
         assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert results[-1]["chips"]["dropped"] > 0
+
+
+def test_eight_chips_divide_blocks_that_are_not_llamas_quantized(tmp_path: Path) -> None:
+    """Attention and mlp side by side, few key heads, caps and windows."""
+    heads = {"num_attention_heads": 8, "num_hidden_layers": 2}
+    sizes: dict[str, dict[str, Any]] = {
+        "falcon-new": heads,
+        "gptj": {"n_head": 8, "n_layer": 2},
+        "gemma": heads,
+        "gemma2": heads | {"sliding_window_pattern": 2},
+    }
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (save(tmp_path / name, name, **changes), {"quantization": "int8"}) for name, changes in sizes.items()
+    ]
+    for name, result in zip(sizes, run(8, False, cases, XLA_FLAGS=QUICK), strict=True):
+        assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
 def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_ids_of_the_cpu(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ class DecodeGraphs:
         for shape in tqdm(shapes, desc="capturing", unit="graph", disable=None if progress else True):
             try:
                 self._graphs[shape] = self._captured(shape, pool, stream)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            # Of torch or of Triton, whose errors have no base in common: none is kept back.
+            except Exception as error:
                 raise DeviceError(
                     f"a step of {shape.num_requests} requests with {shape.table_width} pages each cannot be captured "
                     f"in a CUDA graph: {error}; lower kv_cache_memory if it is for want of memory, or switch graphs "

@@ -118,6 +118,14 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """N,N,..."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, as 8,64,256") from None
+
+
 def _argument(convert: Callable[[str], object], metavar: str, **more: object) -> dict[str, Any]:
     return {"type": convert, "metavar": metavar, **more}
 
@@ -128,6 +136,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "int | None": _argument(int, "N"),
     "Names": _argument(names, "A,B,..."),
     "Size | None": _argument(size, "SIZE"),
+    "Numbers": _argument(numbers, "N,N,..."),
     "float": _argument(float, "X"),
     "float | None": _argument(float, "X"),
     "float | int | None": _argument(memory, "SHARE|SIZE"),

@@ -28,8 +28,11 @@ from torchinfer.config import EngineConfig
 from torchinfer.device import device_type
 from torchinfer.errors import ConfigError
 from torchinfer.link import Link
+from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
-from torchinfer.loader.weights import LoadOptions, build_empty, load_weights
+from torchinfer.loader.opening import Deliver
+from torchinfer.loader.options import LoadOptions
+from torchinfer.loader.weights import build_empty, load_weights
 from torchinfer.lockstep import Group
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
@@ -156,20 +159,18 @@ def load_ranked(
     shard = Shard(dist.get_rank(), dist.get_world_size())
     model = divide(whole, shard.world)
 
-    def deliver(name: str, tensor: Tensor) -> Tensor:
-        own = model.divisions[name].of(tensor, shard)
-        return (
-            own.to(device)
-            if own.numel() == tensor.numel()
-            else own.to(device).clone(memory_format=torch.contiguous_format)
-        )
+    def send(name: str, tensor: Tensor) -> Tensor:
+        own = model.divisions[name].of(tensor, shard).to(device)
+        return own if own.numel() == tensor.numel() else own.clone(memory_format=torch.contiguous_format)
 
-    load_weights(whole, checkpoint, dtype, device, progress and shard.rank == 0, options, deliver=deliver)
+    share_bytes = max(parameter_bytes(model.local, dtype).values()) if device.type == "cpu" else 0
+    load_weights(
+        whole, checkpoint, dtype, device, progress and shard.rank == 0, options, deliver=Deliver(send, share_bytes)
+    )
     loaded = whole.state_dict()
     for name, tensor in tensors_of(whole).items():
-        _put(
-            model.local, name, tensor if name in loaded else deliver(name, tensor)
-        )  # what no checkpoint has: constants
+        own = tensor if name in loaded else send(name, tensor)  # what no checkpoint has: constants
+        _put(model.local, name, own)
     connect(model.local, _all_reduce)
     model.local.gather = _Gather(model_config.vocab_size)
     return model.local, model.num_parameters

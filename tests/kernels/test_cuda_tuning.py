@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 pytest.importorskip("triton")
 
 from torchinfer.kernels.cuda import matmul
-from torchinfer.kernels.cuda.matmul import as_matrix, device_name, multiply_rows, product_of, tiles_for
+from torchinfer.kernels.cuda.matmul import device_name, multiply_rows, product_of, tiles_for
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
+from torchinfer.kernels.cuda.matrix import as_matrix
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.tiles import Tiles, choose_tiles
 from torchinfer.kernels.cuda.tuned_table import ROWS, Launch, Tuned, load_table, save_entry
@@ -157,3 +159,12 @@ def test_the_script_writes_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     ((key, tuned),) = load_table(path).items()
     assert key == ("cpu", "int8", 40, 256, 1) and set(tuned.launches) == set(ROWS)
+
+
+def test_a_launch_that_does_not_compile_is_passed_over(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    timer: Any = import_module("cuda_tune").timer
+    seconds = timer([as_matrix(on(gpu, make_weight("int4")))])
+    tiles = Tiles(8, 32, 128, 2, 3, 1, True)
+    assert seconds(8, tiles) > 0
+    assert seconds(8, replace(tiles, inputs=32)) is None  # products of 8 inputs, which the matrix unit does not have
