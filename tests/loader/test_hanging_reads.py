@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +136,21 @@ def test_what_comes_while_others_still_read_is_read_again(bed: Bed, expected: di
 
     hang.others = others
     assert same(hang.load(TWO), expected)
+
+
+def test_what_comes_too_late_does_not_disturb_the_verification(
+    bed: Bed, expected: dict[str, Tensor], hang: Hang
+) -> None:
+    def others(read: Read, *arguments: Any) -> int:
+        hang.released.set()
+        assert hang.ended.wait(10)
+        return read(*arguments)
+
+    hang.others = others
+    sums = [f"{google_crc32c.value((bed.folder / shard).read_bytes()):08x}  {shard}\n" for shard in bed.shards]
+    (bed.folder / "CRC32C").write_text("".join(sums))
+    assert same(hang.load(LoadOptions(readers=1, verify=True)), expected)
+    assert hang.given_up.is_set()
 
 
 def test_a_reader_that_was_given_up_reads_no_more(bed: Bed, expected: dict[str, Tensor], hang: Hang) -> None:

