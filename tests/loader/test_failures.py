@@ -183,24 +183,6 @@ def overwrite(path: Path) -> None:
         file.write(bytes(64))
 
 
-def stall_until_replaced(bed: Bed) -> None:
-    """The first reader goes on when its replacement has begun, and ends first."""
-    replaced, readers = threading.Event(), []
-
-    def action(number: int) -> None:
-        if threading.current_thread().name != "reader":
-            return
-        readers.append(threading.current_thread())
-        if len(readers) == 1:
-            replaced.wait(60)
-        elif len(set(readers)) == 2 and not replaced.is_set():
-            replaced.set()
-            readers[0].join(60)
-
-    bed.patch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=bed.stall_seconds))
-    bed.on_read(action)
-
-
 def fail_check(bed: Bed) -> None:
     """The last look at the first shard fails once."""
     whole, calls = os.fstat, count(1)
@@ -264,15 +246,6 @@ FOLDER_STAYS = {
 
 @table("folder", FOLDER_PASSES)
 def test_folders_that_fail_for_a_while(bed: Bed, row: Row, caplog: pytest.LogCaptureFixture) -> None:
-    check_recovery(bed, row, caplog)
-
-
-@pytest.mark.parametrize("storage", ["folder"], indirect=True)
-def test_what_a_stalled_reader_reads_too_late_does_not_disturb_the_verification(
-    bed: Bed, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_sums(bed)
-    row = Row(stall_until_replaced, "another reader tries again", options=replace(VERIFIED, readers=1))
     check_recovery(bed, row, caplog)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from torch import Tensor
@@ -136,6 +138,21 @@ def test_what_comes_while_others_still_read_is_read_again(bed: Bed, expected: di
     assert same(hang.load(TWO), expected)
 
 
+def test_what_comes_too_late_does_not_disturb_the_verification(
+    bed: Bed, expected: dict[str, Tensor], hang: Hang
+) -> None:
+    def others(read: Read, *arguments: Any) -> int:
+        hang.released.set()
+        assert hang.ended.wait(10)
+        return read(*arguments)
+
+    hang.others = others
+    sums = [f"{google_crc32c.value((bed.folder / shard).read_bytes()):08x}  {shard}\n" for shard in bed.shards]
+    (bed.folder / "CRC32C").write_text("".join(sums))
+    assert same(hang.load(LoadOptions(readers=1, verify=True)), expected)
+    assert hang.given_up.is_set()
+
+
 def test_a_reader_that_was_given_up_reads_no_more(bed: Bed, expected: dict[str, Tensor], hang: Hang) -> None:
     """It was only slow."""
 
@@ -167,6 +184,19 @@ def test_memory_that_a_hanging_read_may_write_to_is_not_taken_twice(bed: Bed, ha
         hang.load(LoadOptions(readers=3, memory=LARGE_PAGE), torch.bfloat16)
     assert hang.given_up.is_set() and not hang.ended.is_set()
     assert bed.live_memory() == [LARGE_PAGE]  # nothing else of the load lives as long
+    hang.let_go()
+    assert bed.left() == []
+
+
+def test_ctrl_c_does_not_wait_for_a_read_that_hangs(bed: Bed, hang: Hang) -> None:
+    def interrupted(*arguments: Any) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return hang.hang(*arguments)
+
+    hang.first = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        hang.load(FOUR)
+    assert not hang.ended.is_set()
     hang.let_go()
     assert bed.left() == []
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import random
 import threading
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,9 +22,11 @@ from torchinfer.loader import Checkpoint, LoadOptions, LoadReport, load_weights
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.opening import Deliver, OpeningPlan, OpenTensors, plan_opening
 from torchinfer.loader.plan import Extent, Piece
+from torchinfer.loader.readers import Readers
 from torchinfer.loader.retry import Stopped
 from torchinfer.weight_map import Target
 
+OnRead = Callable[[Callable[[int], object]], None]
 MIB = 1 << 20
 NUM_LAYERS, LAYER_BYTES = 24, 8 * MIB
 
@@ -169,13 +173,14 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
     return Checkpoint.open(tmp_path)
 
 
-def deliver_all(checkpoint: Checkpoint, limit: int) -> LoadReport:
-    """Load into nothing; each tensor must come whole."""
+def deliver_all(checkpoint: Checkpoint, limit: int, seconds: float = 0) -> LoadReport:
+    """Load into nothing; each tensor must come whole, and the second takes so long."""
     with torch.device("meta"):
         model = Merged(LAYER_BYTES // 4096)
 
     def send(name: str, tensor: Tensor) -> Tensor:
         assert tensor.aminmax() == (float(name.split(".")[1]),) * 2
+        time.sleep(seconds if name == "layers.1.w" else 0)
         return torch.zeros(())
 
     options = LoadOptions(memory=limit, readers=8)
@@ -198,9 +203,52 @@ def test_the_host_holds_no_more_than_the_limit_of_what_is_put_together(checkpoin
     assert resident_bytes("VmHWM") - before < limit + 10_000_000
 
 
-def test_a_tensor_that_does_not_fit_is_refused_with_the_limit_that_will_do(checkpoint: Checkpoint) -> None:
+def least_limit(checkpoint: Checkpoint) -> int:
+    """With which one tensor is open at a time."""
     with pytest.raises(
         ConfigError, match=r"load_memory=8388608 bytes is too little: .* of them for what tensors"
     ) as caught:
         deliver_all(checkpoint, LAYER_BYTES)
-    deliver_all(checkpoint, int(str(caught.value).rpartition("load_memory=")[2].split()[0]))
+    return int(str(caught.value).rpartition("load_memory=")[2].split()[0])
+
+
+def test_a_tensor_that_does_not_fit_is_refused_with_the_limit_that_will_do(checkpoint: Checkpoint) -> None:
+    deliver_all(checkpoint, least_limit(checkpoint))
+
+
+def test_readers_that_wait_for_room_are_not_taken_for_hanging(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = least_limit(checkpoint)
+    monkeypatch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=0.5))
+    assert deliver_all(checkpoint, limit, seconds=1.2).num_retries == 0
+
+
+@pytest.fixture
+def hang(on_read: OnRead, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What the next read waits for; it is given to another reader after 0.3 s."""
+    event = threading.Event()
+    monkeypatch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=0.3))
+    monkeypatch.setattr("torchinfer.loader.readers.JOIN_SECONDS", 0.1)
+    on_read(lambda number: event.wait(60) if number == 1 else None)
+    yield event
+    event.set()
+    for thread in threading.enumerate():
+        if thread.name == "reader":
+            thread.join(10)
+
+
+def test_a_read_that_hangs_while_all_others_wait_for_its_tensor_is_read_again(
+    checkpoint: Checkpoint, hang: threading.Event
+) -> None:
+    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries > 0
+    assert not hang.is_set()
+
+
+def test_a_read_that_comes_back_while_all_others_wait_for_its_tensor_is_read_again(
+    checkpoint: Checkpoint, hang: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchinfer.loader.readers.GRACE", 100)
+    threading.Timer(0.6, hang.set).start()
+    assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries > 0
+    assert hang.is_set()

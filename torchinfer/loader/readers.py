@@ -66,7 +66,7 @@ class _Job:
     num_bytes: int = 0
     started: float = 0.0
     last_byte: float = 0.0  # when bytes came last
-    progress: Progress | None = field(default_factory=Progress)  # None while it waits for memory
+    progress: Progress | None = field(default_factory=Progress)  # None while it waits for memory, or for room in it
     given_up: float = 0.0  # when; its reader hangs, or is about to end
     buffer: Tensor | None = None
     placed: list[Piece] = field(default_factory=list)  # what is read straight into its place
@@ -100,10 +100,12 @@ class Readers:
     stall_seconds: float = STALL_SECONDS  # with less than STALL_BYTES, after which another reader reads an extent
     poll_seconds: float = POLL_SECONDS  # after which `filled` gives None
     most_readers: int = 0
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)  # set by `close`; for what readers wait for
     _jobs: set[_Job] = field(default_factory=set)
     _hung: set[_Job] = field(default_factory=set)  # that were given up, and whose readers have not ended
     _deferred: set[_Job] = field(default_factory=set)  # of them, those whose extents nobody reads yet
+    _again: deque[Extent] = field(default_factory=deque)  # to be read once more, whatever the target: others may wait
+    _num_moves: int = 0  # of parameters, to other memory
     _stalls: dict[tuple[str, int], int] = field(default_factory=dict)  # by shard and begin of the extent
     _threads: list[threading.Thread] = field(default_factory=list)
     _num_running: int = 0  # threads that have or look for a job
@@ -184,8 +186,8 @@ class Readers:
             for job in [job for job in self._jobs if job.is_stalled(self.stall_seconds)]:
                 self._give_up(job, now)
             self._relocate(now)
-            num_new = min(self.count.target - self._num_running, len(self.extents))
-            self._num_running += max(0, num_new)
+            num_new = max(min(self.count.target - self._num_running, len(self.extents)), len(self._again))
+            self._num_running += num_new
             self._condition.notify_all()
         for _ in range(num_new):
             thread = threading.Thread(target=self._run, name="reader", daemon=True)
@@ -226,7 +228,7 @@ class Readers:
         if job.placed:
             self._deferred.add(job)
         else:
-            self.extents.appendleft(extent)
+            self._again.append(extent)
 
     def _check_silence(self, now: float) -> None:
         """Where nobody gets anything, it does not help to try each extent three times."""
@@ -247,15 +249,18 @@ class Readers:
             )
 
     def _relocate(self, now: float) -> None:
-        """Where only hanging readers are left, move what they may write to. Nobody else reads into it now."""
+        """Where only hanging readers are left, or what others wait for hangs, move what they may write to."""
         grace = GRACE * self.stall_seconds
-        if self.extents or self._jobs or not all(now - job.given_up > grace for job in self._deferred):
+        is_last = not (self._jobs or self.extents or self._again)
+        is_stuck = all(job.progress is None for job in self._jobs) and now - self._last_byte > grace
+        if not (is_last or is_stuck) or not all(now - job.given_up > grace for job in self._deferred):
             return
         pieces = [piece for job in self._deferred for piece in job.placed]
         if pieces:
             assert self.relocate is not None
             self.relocate(pieces)
-        self.extents += [job.extent for job in self._deferred]
+            self._num_moves += 1
+        self._again += [job.extent for job in self._deferred]
         self._deferred.clear()
 
     def _run(self) -> None:
@@ -285,7 +290,7 @@ class Readers:
         self._hung.discard(job)
         if job in self._deferred:
             self._deferred.discard(job)
-            self.extents.appendleft(job.extent)
+            self._again.append(job.extent)
 
     def _finish(self, job: _Job) -> None:
         self._jobs.discard(job)
@@ -300,34 +305,40 @@ class Readers:
     def _next(self) -> _Job | None:
         with self._condition:
             while not self.stop.is_set():
-                if len(self._jobs) < self.count.target and self._num_unplaced <= MAX_UNPLACED:
-                    if not self.extents:
-                        break
-                    extent = self.extents.popleft()
+                has_turn = len(self._jobs) < self.count.target and self._num_unplaced <= MAX_UNPLACED
+                if self._again or (has_turn and self.extents):
+                    extent = self._again.popleft() if self._again else self.extents.popleft()
                     job = _Job(extent, self._stalls.get((extent.shard, extent.begin), 0), Attempts(self.policy))
                     self._jobs.add(job)
                     self.most_readers = max(self.most_readers, len(self._jobs))
                     return job
+                if has_turn:
+                    break
                 self._condition.wait(POLL_SECONDS)
             self._num_running -= 1
         return None
 
     def _fill(self, job: _Job) -> Filled:
         self._choose(job)
-        pieces = job.extent.pieces
-        places = [self.place_of(piece) for piece in pieces]
-        staged = [piece for piece, place in zip(pieces, places, strict=True) if place is None]
-        job.placed = [piece for piece, place in zip(pieces, places, strict=True) if place is not None]
+        job.progress, num_moves = None, self._num_moves
+        places = self._places(job)
+        staged = [piece for piece, place in zip(job.extent.pieces, places, strict=True) if place is None]
         if job.is_direct or staged:
-            job.progress = None
             job.buffer = self.staging.take(job.extent.staging_bytes, job.attempts.stop)
-        job.started, job.progress = time.monotonic(), Progress()
+        with self._condition:
+            if num_moves != self._num_moves:
+                places = self._places(job)
+            job.started, job.progress = time.monotonic(), Progress()
         if not job.is_direct or not self._read_directly(job, places):
-            stat = self.stats[job.extent.shard]
-            end = job.extent.end
+            stat, end = self.stats[job.extent.shard], job.extent.end
             with PersistentReader(self.source, job.extent.shard, stat, job.attempts, end=end) as reader:
                 read_extent(reader, job.extent, job.buffer, places, job.count, self._summing(job))
         return Filled(job.extent, job.buffer if staged else None, staged)
+
+    def _places(self, job: _Job) -> list[Tensor | None]:
+        places = [self.place_of(piece) for piece in job.extent.pieces]
+        job.placed = [piece for piece, place in zip(job.extent.pieces, places, strict=True) if place is not None]
+        return places
 
     def _choose(self, job: _Job) -> None:
         """Around the page cache or through it; what is in it already is not read from storage again."""

@@ -161,7 +161,8 @@ def load_weights(
         assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
         readers.place_of, readers.relocate = assembly.place_of, assembly.relocate
         exchange = _exchange(plan, rounds, placements, assembly, readers, device)
-    with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, progress) as bar:
+    is_shown = progress and sys.stderr.isatty()
+    with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, is_shown) as bar:
         _fill(readers, assembly, exchange, bar)
     if readers.checksums is not None:
         readers.checksums.check(checkpoint.stats)
@@ -178,7 +179,7 @@ def load_weights(
         exchanged_bytes=exchange.num_received if exchange else 0,
     )
     logger.info("%s", report)
-    if not bar.disable:
+    if is_shown:
         print(report, file=sys.stderr)
     return report
 
@@ -248,8 +249,7 @@ def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: 
 
 
 @contextlib.contextmanager
-def _bar(num_bytes: int, progress: bool) -> Iterator[tqdm[None]]:
-    is_shown = progress and sys.stderr.isatty()
+def _bar(num_bytes: int, is_shown: bool) -> Iterator[tqdm[None]]:
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights", disable=not is_shown) as bar:
         yield bar
 
