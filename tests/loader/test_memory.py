@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, padded
+from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, buffer_bytes, padded
 from torchinfer.loader.retry import Stopped
 
 GO = threading.Event()
@@ -75,3 +75,10 @@ def test_a_forgotten_buffer_makes_room() -> None:
     staging = Staging(LARGE_PAGE)
     staging.forget(staging.take(1, GO))
     assert len(staging.take(1, GO)) == LARGE_PAGE
+
+
+@pytest.mark.parametrize(("num_pages", "pinned"), [(0, 0), (1, 1), (2, 2), (3, 4), (33, 64)])
+def test_pinned_buffers_are_counted_as_torch_makes_them(num_pages: int, pinned: int) -> None:
+    num_bytes = max(0, num_pages * LARGE_PAGE - 1)
+    assert buffer_bytes(num_bytes, False) == num_pages * LARGE_PAGE
+    assert buffer_bytes(num_bytes, True) == pinned * LARGE_PAGE

@@ -10,6 +10,7 @@ import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.memory import buffer_bytes
 from torchinfer.loader.opening import Deliver, OpeningPlan, plan_opening
 from torchinfer.loader.options import LoadOptions
 from torchinfer.loader.placement import Placement
@@ -98,7 +99,9 @@ def plan_load(
         *plan_extents(own, checkpoint.tensors, length, whole_files, checkpoint.source.max_gap_bytes),
     ]
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
-    memory = choose_memory(extents, options.memory, shared.staging_bytes + temporary)
+    is_pinned = device.type == "cuda"
+    lane = buffer_bytes(shared.staging_bytes, is_pinned)
+    memory = choose_memory(extents, options.memory, lane + temporary, is_pinned)
     return LoadPlan(extents, shared, memory, temporary, first, most)
 
 
