@@ -123,9 +123,8 @@ def _shared(
     """What this process and others exchange; nothing where each reads for itself."""
     nothing = plan = SharedPlan(shard.rank)
     if peers is not None and not options.verify:
-        plan = plan_shared(
-            placements, checkpoint.tensors, shard, peers.block_bytes or block_bytes, peers.smallest_bytes
-        )
+        block, gap = peers.block_bytes or block_bytes, checkpoint.source.max_gap_bytes
+        plan = plan_shared(placements, checkpoint.tensors, shard, block, peers.smallest_bytes, gap)
     is_network, is_direct = checkpoint.source.is_network, bool(options.direct)
     is_wanted, reason = choose_exchange(is_network, is_direct, shard.world, peers is not None, plan.bytes_saved)
     if options.verify:
