@@ -82,6 +82,11 @@ def plan_load(
     peers: Peers | None,
     has_copies: bool,
 ) -> LoadPlan:
+    """The plan of one process. `has_copies`: half of the memory is for what is copied, or put together, on the way.
+
+    Raises:
+        ConfigError: `options.memory` is too little for a tensor, or an exchange was asked for without a group.
+    """
     is_network = checkpoint.source.is_network
     temporary = 0 if device.type == "cuda" else temporary_bytes(placements, checkpoint.tensors)
     limit = (options.memory or DEFAULT_MEMORY) - temporary
