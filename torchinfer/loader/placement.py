@@ -62,7 +62,7 @@ class Placement:
         scheme = self.matrix.scheme
         if not self._packs_floats(rows.dtype):
             return scheme.pack(rows, into)
-        into = scheme.empty(*rows.shape, device=rows.device) if into is None else into
+        into = scheme.empty(rows.shape[0], rows.shape[1], rows.device) if into is None else into
         blocks = {name: spec.row_block or 1 for name, spec in self.matrix.specs.items()}
         count = self._rows_at_once(rows.shape[1])
         for first in range(0, len(rows), count):

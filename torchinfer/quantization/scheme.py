@@ -92,7 +92,7 @@ class Scheme:
         """
         assert not (self.has_zero or self.has_group_index or self.has_input_scale), f"{self.name} is only read"
         if into is None:
-            into = self.empty(*weight.shape, device=weight.device)
+            into = self.empty(weight.shape[0], weight.shape[1], weight.device)
         column_block = self.column_block or weight.shape[1]
         kernels.quantize_matrix(weight, into["values"], into["scale"], self.row_block, column_block)
         return into
