@@ -11,7 +11,7 @@
     python benchmarks/loading.py --work /tmp/loading --gigabytes 0.2 --megabytes-per-stream 16 --repeats 1
 
 Each load runs in a fresh process and is timed inside it, imports excluded; the methods take turns. Checkpoints are made
-in --work and stay there: 8 GB for figures 1, 2 and 5, four times as much more for 4. The last line above is a quick check.
+in --work and stay there: 8 GB for figures 1, 2 and 5, four times as much more for 4. The last line is a quick check.
 The peers' packages: safetensors, runai-model-streamer[gcs], fastsafetensors, transformers; what is missing is listed.
 """
 
