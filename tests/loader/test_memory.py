@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, padded
+from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, buffer_bytes, padded
 from torchinfer.loader.retry import Stopped
 
 GO = threading.Event()
@@ -94,3 +94,10 @@ def test_what_nobody_uses_can_be_freed() -> None:
     assert memory.expired()
     staging.give_back(second)
     assert len(staging.take(2 * LARGE_PAGE, GO)) == 2 * LARGE_PAGE  # the second makes way
+
+
+@pytest.mark.parametrize(("num_pages", "pinned"), [(0, 0), (1, 1), (2, 2), (3, 4), (33, 64)])
+def test_pinned_buffers_are_counted_as_torch_makes_them(num_pages: int, pinned: int) -> None:
+    num_bytes = max(0, num_pages * LARGE_PAGE - 1)
+    assert buffer_bytes(num_bytes, False) == num_pages * LARGE_PAGE
+    assert buffer_bytes(num_bytes, True) == pinned * LARGE_PAGE

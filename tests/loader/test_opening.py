@@ -69,17 +69,19 @@ def test_the_extent_that_opens_the_fewest_bytes_is_next() -> None:
     assert found.most_bytes == 10
 
 
-def random_plan(rng: random.Random) -> OpeningPlan:
+def random_groups(rng: random.Random) -> list[list[str]]:
     names = [f"p{number}" for number in range(12)]
-    groups = [rng.sample(names, rng.randrange(1, 4)) for _ in range(rng.randrange(1, 40))]
-    return plan(groups, {name: rng.randrange(1, 50) for name in names})
+    return [rng.sample(names, rng.randrange(1, 4)) for _ in range(rng.randrange(1, 40))]
 
 
-def test_every_extent_has_its_turn_once() -> None:
+def test_every_piece_has_its_turn_once() -> None:
     rng = random.Random(0)
     for _ in range(50):
-        found = random_plan(rng)
-        assert sorted(order(found)) == list(range(len(found.extents)))
+        groups = random_groups(rng)
+        found = plan(groups, {f"p{number}": rng.randrange(1, 50) for number in range(12)})
+        offsets = [piece.offset for extent in found.extents for piece in extent.pieces]
+        expected = [100 * number + 10 * place for number, group in enumerate(groups) for place in range(len(group))]
+        assert sorted(offsets) == expected
 
 
 def begin_all(found: OpeningPlan, tensors: OpenTensors, num_threads: int, seed: int) -> None:
@@ -114,7 +116,7 @@ def begin_all(found: OpeningPlan, tensors: OpenTensors, num_threads: int, seed: 
 def test_with_the_least_limit_all_extents_begin_and_no_more_is_open(num_threads: int) -> None:
     rng = random.Random(num_threads)
     for seed in range(20):
-        found = random_plan(rng)
+        found = plan(random_groups(rng), {f"p{number}": rng.randrange(1, 50) for number in range(12)})
         tensors = OpenTensors(found, found.most_bytes, threading.Event())
         begin_all(found, tensors, num_threads, seed)
         assert 0 < tensors.peak <= found.most_bytes
@@ -252,3 +254,12 @@ def test_a_read_that_comes_back_while_all_others_wait_for_its_tensor_is_read_aga
     threading.Timer(0.6, hang.set).start()
     assert deliver_all(checkpoint, least_limit(checkpoint)).num_retries > 0
     assert hang.is_set()
+
+
+def test_extents_are_cut_where_a_parameter_begins_that_is_larger_than_they_are() -> None:
+    groups = [["a", "b"], ["a", "small"], ["a", "c", "d"], ["c", "d"], ["d", "c"]]
+    found = plan(groups, {"a": 100, "b": 100, "small": 3, "c": 100, "d": 100})
+    pieces = [[piece.entry.name for piece in extent.pieces] for extent in found.extents]
+    assert pieces == [["a"], ["a", "small"], ["a"], ["b"], ["c"], ["c", "d"], ["d", "c"], ["d"]]
+    assert found.most_bytes == 200
+    assert sum(extent.num_bytes for extent in found.extents) == sum(10 * len(group) for group in groups)

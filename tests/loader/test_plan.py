@@ -145,3 +145,11 @@ def test_a_source_may_allow_less_between_two_pieces() -> None:
     del placements["s1"]
     assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=400)) == 1
     assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=399)) == 2
+
+
+def test_a_limit_holds_pinned_buffers_as_they_are_made() -> None:
+    tensors = entries((1000, 1100))
+    extents = plan_extents({"s0": Placement("p", convert=torch.neg)}, tensors, MIB)
+    assert choose_memory(extents, 6 * MIB) == 6 * MIB
+    with pytest.raises(ConfigError, match=f"needs {8 * MIB} bytes"):
+        choose_memory(extents, 8 * MIB - 1, is_pinned=True)

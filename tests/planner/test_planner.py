@@ -125,7 +125,9 @@ def test_a_topology_that_does_not_exist_is_refused_with_those_that_do(models, ac
 
 
 def test_all_problems_come_at_once(models):
-    message = error_of(models, context=10**6, topology="9", price=-1.0, page_size=24, max_num_batched_tokens=0, batch=(0,))
+    message = error_of(
+        models, context=10**6, topology="9", price=-1.0, page_size=24, max_num_batched_tokens=0, batch=(0,)
+    )
     for problem in (
         "context=1000000 must be from 2 to the model's 4096 tokens",
         "topology='9' does not exist",

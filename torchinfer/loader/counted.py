@@ -32,6 +32,7 @@ class CountedSource(Source):
         return self.source.has(name)
 
     def count(self, num_bytes: int) -> None:
+        """Add what a reader got; for any thread."""
         with self._lock:
             self.num_bytes += num_bytes
 

@@ -58,8 +58,13 @@ def load_divided(
 
 
 def _largest_put(model: DividedModel, dtype: torch.dtype) -> int:
-    """Bytes of the shares that are cut, or made, of a tensor for all chips, at most."""
-    sizes = parameter_bytes(model.local, dtype)
-    places = {name: division.place for name, division in model.divisions.items()}
-    cut = [size for name, size in sizes.items() if places.get(name, spmd.REPLICATED) != spmd.REPLICATED]
-    return max(cut, default=0) * model.num_chips
+    """Bytes of the shares of a tensor for all chips, at most, where they are not views of it."""
+    sizes, whole, local = parameter_bytes(model.local, dtype), tensors_of(model.whole), tensors_of(model.local)
+
+    def is_copied(name: str) -> bool:
+        division = model.divisions[name]
+        is_rows = division.dim == 0 and len(division.parts) == 1
+        is_view = is_rows and len(local[name]) * model.num_chips == len(whole[name])
+        return division.place != spmd.REPLICATED and not is_view
+
+    return max((sizes[name] for name in local if name in sizes and is_copied(name)), default=0) * model.num_chips

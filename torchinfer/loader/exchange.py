@@ -10,9 +10,6 @@ next in order waits for. So nothing waits in a circle:
 - memory to receive into is set aside before the readers start: no transfer waits for staging memory;
 - so an extent that was read is sent, and its staging memory given back, after rounds that all processes enter.
 
-A process that fails says so in the next round, and all give up. One that ends closes its connections, which the others
-see at once; one that hangs runs into the group's timeout, which its maker chose.
-
 Tensors are sent in the dtype of the file and converted by those who receive them. That is the model's dtype in almost
 every checkpoint, it shares the work evenly, and values go the same way as without an exchange.
 """

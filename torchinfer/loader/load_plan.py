@@ -10,6 +10,7 @@ import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.memory import buffer_bytes
 from torchinfer.loader.opening import Deliver, OpeningPlan, plan_opening
 from torchinfer.loader.options import LoadOptions
 from torchinfer.loader.placement import Placement
@@ -81,6 +82,11 @@ def plan_load(
     peers: Peers | None,
     has_copies: bool,
 ) -> LoadPlan:
+    """The plan of one process. `has_copies`: half of the memory is for what is copied, or put together, on the way.
+
+    Raises:
+        ConfigError: `options.memory` is too little for a tensor, or an exchange was asked for without a group.
+    """
     is_network = checkpoint.source.is_network
     temporary = 0 if device.type == "cuda" else temporary_bytes(placements, checkpoint.tensors)
     limit = (options.memory or DEFAULT_MEMORY) - temporary
@@ -98,7 +104,9 @@ def plan_load(
         *plan_extents(own, checkpoint.tensors, length, whole_files, checkpoint.source.max_gap_bytes),
     ]
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
-    memory = choose_memory(extents, options.memory, shared.staging_bytes + temporary)
+    is_pinned = device.type == "cuda"
+    lane = buffer_bytes(shared.staging_bytes, is_pinned)
+    memory = choose_memory(extents, options.memory, lane + temporary, is_pinned)
     return LoadPlan(extents, shared, memory, temporary, first, most)
 
 
@@ -120,9 +128,8 @@ def _shared(
     """What this process and others exchange; nothing where each reads for itself."""
     nothing = plan = SharedPlan(shard.rank)
     if peers is not None and not options.verify:
-        plan = plan_shared(
-            placements, checkpoint.tensors, shard, peers.block_bytes or block_bytes, peers.smallest_bytes
-        )
+        block, gap = peers.block_bytes or block_bytes, checkpoint.source.max_gap_bytes
+        plan = plan_shared(placements, checkpoint.tensors, shard, block, peers.smallest_bytes, gap)
     is_network, is_direct = checkpoint.source.is_network, bool(options.direct)
     is_wanted, reason = choose_exchange(is_network, is_direct, shard.world, peers is not None, plan.bytes_saved)
     if options.verify:

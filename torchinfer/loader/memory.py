@@ -63,6 +63,13 @@ def padded(num_bytes: int) -> int:
     return -(-num_bytes // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
 
 
+def buffer_bytes(num_bytes: int, is_pinned: bool) -> int:
+    """What a buffer for so many bytes takes: whole large pages; pinned a power of two, as torch's allocator makes it
+    (ATen/core/CachingHostAllocator.h, torch 2.9)."""
+    size = -(-num_bytes // LARGE_PAGE) * LARGE_PAGE
+    return 1 << (size - 1).bit_length() if is_pinned and size else size
+
+
 @dataclass(slots=True)
 class Staging:
     """Buffers on the way from the storage to their place; together never more than `limit` bytes.
@@ -83,7 +90,7 @@ class Staging:
         Raises:
             Stopped: `stop` was set meanwhile.
         """
-        size = -(-num_bytes // LARGE_PAGE) * LARGE_PAGE
+        size = buffer_bytes(num_bytes, self.is_pinned)
         assert size <= self.limit, f"{size} bytes at once are over the limit of {self.limit}; plan() sees to that"
         with self._condition:
             while not stop.is_set():

@@ -54,7 +54,9 @@ def plan_opening(
     extents: Sequence[Extent], parameter_of: Mapping[str, str], num_bytes: Mapping[str, int]
 ) -> OpeningPlan:
     """The order: of the extents that have a piece of what is open the one that leaves least open; where nothing is,
-    the next one of the files. `parameter_of`: checkpoint tensor -> parameter."""
+    the next one of the files. Extents are cut where a parameter begins that is larger than they are, or the one before
+    it would still be open then. `parameter_of`: checkpoint tensor -> parameter."""
+    extents = _cut(extents, parameter_of, num_bytes)
     names = [
         frozenset(parameter_of[piece.entry.name] for piece in extent.pieces if not piece.is_filler)
         for extent in extents
@@ -77,6 +79,20 @@ def plan_opening(
             users[name].discard(index)
         is_open = {name for name in is_open | names[index] if users[name]}
     return OpeningPlan(tuple(extents[i] for i in order), tuple(names[i] for i in order), num_bytes)
+
+
+def _cut(extents: Sequence[Extent], parameter_of: Mapping[str, str], num_bytes: Mapping[str, int]) -> list[Extent]:
+    found, begun = list[Extent](), set[str]()
+    for extent in extents:
+        first = 0
+        for index, piece in enumerate(extent.pieces):
+            name = None if piece.is_filler else parameter_of[piece.entry.name]
+            if name is not None and name not in begun and num_bytes[name] > extent.num_bytes and index > first:
+                found.append(Extent(extent.shard, extent.pieces[first:index]))
+                first = index
+            begun |= {name} if name is not None else set()
+        found.append(Extent(extent.shard, extent.pieces[first:]))
+    return found
 
 
 @dataclass(slots=True)

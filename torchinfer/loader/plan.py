@@ -20,7 +20,7 @@ import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted
-from torchinfer.loader.memory import LARGE_PAGE
+from torchinfer.loader.memory import LARGE_PAGE, buffer_bytes
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.source import ALIGNMENT
 
@@ -141,19 +141,19 @@ def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int)
     return max(SMALLEST_EXTENT_BYTES, min(-(-num_bytes // (num_readers * num_turns)), fitting))
 
 
-def needed_memory(extents: Iterable[Extent], other_bytes: int) -> int:
+def needed_memory(extents: Iterable[Extent], other_bytes: int, is_pinned: bool = False) -> int:
     """To read the largest extent beside `other_bytes`: of conversions, of an exchange, of what is put together."""
     largest = max((extent.staging_bytes for extent in extents), default=0)
-    return -(-largest // LARGE_PAGE) * LARGE_PAGE + other_bytes
+    return buffer_bytes(largest, is_pinned) + other_bytes
 
 
-def choose_memory(extents: Sequence[Extent], limit: int | None, other_bytes: int = 0) -> int:
+def choose_memory(extents: Sequence[Extent], limit: int | None, other_bytes: int = 0, is_pinned: bool = False) -> int:
     """The memory of a load: `limit`, or without one DEFAULT_MEMORY, and more where the largest tensors need it.
 
     Raises:
         ConfigError: `limit` is less than `needed_memory`; with the largest extent's tensor and the limit that would do.
     """
-    needed = needed_memory(extents, other_bytes)
+    needed = needed_memory(extents, other_bytes, is_pinned)
     if limit is None:
         if needed + ROOM_BYTES > DEFAULT_MEMORY:
             logger.info("tensors need %d bytes of load memory at once: it is not %d", needed, DEFAULT_MEMORY)

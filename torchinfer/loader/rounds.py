@@ -1,7 +1,8 @@
 """What processes that load together say to each other: in each round every one of them a word, over the group's gloo.
 
-A process that fails says so in the next round, and all give up. One that ends closes its connections, which the others
-see at once; one that hangs runs into the group's timeout, which its maker chose.
+A process that fails says so in the next round, and all give up; the first round is after their preparations. One that
+ends closes its connections, which the others see at once; one that hangs runs into the group's timeout, which its maker
+chose.
 """
 
 from __future__ import annotations
