@@ -86,7 +86,7 @@ def _addends_of(sequence: Sequence) -> Iterator[tuple[Ids, Reals]]:
     params = sequence.params
     if params.presence_penalty or params.frequency_penalty:
         token, count = _distinct(sequence.output_ids)
-        yield token, -params.presence_penalty - params.frequency_penalty * count
+        yield token, (-params.presence_penalty - params.frequency_penalty * count).astype(np.float64)
     if params.logit_bias:
         yield np.array([*params.logit_bias], np.int32), np.array([*params.logit_bias.values()], np.float64)
     if sequence.num_output < params.min_tokens:

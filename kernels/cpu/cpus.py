@@ -35,8 +35,8 @@ def control_groups(root: Path) -> Iterator[Path]:
         is_ours = kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(","))
         if not is_ours or controller not in names:
             continue
-        name = PurePosixPath(names[controller])
-        below = name.relative_to(top) if name.is_relative_to(top) else PurePosixPath()
+        group = PurePosixPath(names[controller])
+        below = group.relative_to(top) if group.is_relative_to(top) else PurePosixPath()
         for folder in (below, *below.parents):
             yield root / place.lstrip("/") / folder
 
