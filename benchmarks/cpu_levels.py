@@ -3,8 +3,8 @@
 python benchmarks/cpu_levels.py                                    # gate and up of a Llama of 1.1 billion parameters
 python benchmarks/cpu_levels.py --levels avx512_vnni,avx512 --formats int8_w8a8 --rows 1,512
 
-Levels are measured in turn, round after round, so that a change of the machine's speed meets them all: the best round
-of each counts. Weights are spread over more memory than the caches hold.
+Levels are measured in turn, round after round, so that a change of the machine's speed meets them all: the best call of
+each counts. Weights are spread over more memory than the caches hold.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from functools import partial
 
 import torch
-from cpu_linear import FORMATS, SHAPES, call_all, cold_copies, make_packed
+from cpu_linear import FORMATS, SHAPES, cold_copies, make_packed
 
 from torchinfer.kernels.cpu import library
 from torchinfer.kernels.cpu.linear import linear
@@ -55,10 +55,11 @@ def measure(name: str, shape: str, levels: list[str], rows_list: list[int]) -> d
         for _ in range(ROUNDS):
             for level in levels:
                 library.choose_level(library.loaded(), level)
-                start = time.perf_counter()
-                call_all(calls, x)
-                best[level] = min(best[level], time.perf_counter() - start)
-        seconds[rows] = {level: value / (len(calls) if rows < 64 else 1) for level, value in best.items()}
+                for call in calls if rows < 64 else calls[:1]:
+                    start = time.perf_counter()
+                    call(x)
+                    best[level] = min(best[level], time.perf_counter() - start)
+        seconds[rows] = best
     return seconds
 
 

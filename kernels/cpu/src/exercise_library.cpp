@@ -181,14 +181,17 @@ void check_all(const std::vector<Outcome>& expected) {
 
 }  // namespace
 
-int main() {
+// Argument: the largest size of the pool, 4 without it.
+int main(int argc, char** argv) {
+    const int most_threads = argc > 1 ? std::atoi(argv[1]) : 4;
+    require(most_threads > 0, "number of threads");
     require(torchinfer_cpu_choose_level("portable") == kOk, "choose_level");
     const std::vector<Outcome> expected = outcomes();
     const std::string levels = std::string(torchinfer_cpu_levels()) + " ";
     for (size_t start = 0; start < levels.size(); start = levels.find(' ', start) + 1) {
         const std::string level = levels.substr(start, levels.find(' ', start) - start);
         require(torchinfer_cpu_choose_level(level.c_str()) == kOk, "choose_level");
-        for (int num_threads = 1; num_threads <= 4; ++num_threads) {
+        for (int num_threads = 1; num_threads <= most_threads; ++num_threads) {
             torchinfer_cpu_configure(num_threads, 0);
             std::vector<std::thread> callers;
             for (int caller = 0; caller < 3; ++caller) callers.emplace_back(check_all, std::cref(expected));
