@@ -66,9 +66,10 @@ def show(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     shapes = [
-        {"heads of": name, "cache": dtype, **attention(name, dtype, "v5e")}
+        {"heads of": name, "cache": dtype, "chip": chip, **attention(name, dtype, chip)}
         for name in tpu_kernels.SHAPES
         for dtype in tpu_kernels.DTYPES
+        for chip in tpu_kernels.TOPOLOGIES
     ]
     products = [
         {"matrix": name, "numbers": numbers, "chip": chip, **product(name, numbers, chip)}

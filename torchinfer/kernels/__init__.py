@@ -166,11 +166,12 @@ def kernel_pages(
     return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
 
 
-def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> AttentionBlocks:
+def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, num_cores: int) -> AttentionBlocks:
     """What the TPU's attention kernel over pages of a dtype does at once. Imports jax, and needs no TPU."""
     pages = importlib.import_module("torchinfer.kernels.tpu.page_layout")
     layout = pages.PageLayout(num_kv_heads, head_dim, dtype)
-    config = importlib.import_module("torchinfer.kernels.tpu.ragged_attention").make_config(layout, num_heads)
+    attention = importlib.import_module("torchinfer.kernels.tpu.ragged_attention")
+    config = attention.make_config(layout, num_heads, num_cores=num_cores)
     return AttentionBlocks(
         fetch_pages=config.fetch_pages,
         decode_chunk=config.decode_chunk,
