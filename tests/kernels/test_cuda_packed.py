@@ -180,11 +180,11 @@ def test_models_are_packed_when_they_are_prepared(gpu: str, tmp_path: Path, monk
     checkpoint = Checkpoint.open(tmp_path)
     config = ModelConfig.from_dict(checkpoint.config)
     model = load_model(checkpoint, config, torch.float32, torch.device(gpu), quantization="int4_g32")
-    monkeypatch.setitem(kernels._folders, gpu, "reference")
-    monkeypatch.delitem(kernels._loaded, gpu, raising=False)
+    monkeypatch.setattr(kernels, "_folders", {gpu: "reference"})
+    monkeypatch.setattr(kernels, "_loaded", {})
     expected, count = PagedDriver(model).step({"a": [2, 3, 4, 5]})["a"], model.num_parameters()
-    monkeypatch.setitem(kernels._folders, gpu, "cuda")
-    monkeypatch.delitem(kernels._loaded, gpu)
+    monkeypatch.setattr(kernels, "_folders", {gpu: "cuda"})
+    monkeypatch.setattr(kernels, "_loaded", {})
     model.prepare()
     held = [m for m in model._matrices() if isinstance(m, Matrix)]
     assert len(held) >= 4 * config.num_layers and model.num_parameters() == count
