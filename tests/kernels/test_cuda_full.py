@@ -18,10 +18,10 @@ from torchinfer.kernels.cuda.matrix import as_matrix
 from torchinfer.kernels.cuda.packed_weight import prepare
 from torchinfer.kernels.cuda.paged_attention import paged_attention
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
-from torchinfer.kernels.cuda.write_kv_pages import write_kv_pages
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
+from torchinfer.kernels.reference.write_kv_pages import write_kv_pages
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
 from torchinfer.testing import Row, assert_close, make_batch
