@@ -66,7 +66,7 @@ def tune(scheme: str, outputs: int, inputs: int, device: str, path: Path) -> Non
     matrices = [as_matrix(prepared(scheme, (outputs, inputs), device)) for _ in range(num_copies)]
     x, _ = rows_of(matrices[0], 1)
     product = product_of(x, matrices[0])
-    tuned = search(product, num_processors(x.device), timer(matrices))
+    tuned = search(product, num_processors(x.device), timer(matrices), library_timer(matrices))
     key = device_name(x.device), product.format, outputs, inputs, 1
     save_entry(path, key, tuned)
     print(f"{scheme} {outputs}x{inputs}: {tuned}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -112,6 +112,19 @@ def timer(matrices: list) -> Callable[..., float | None]:
         except TritonError as error:  # too large for the card, or for its compiler
             print(f"passed over for {num_rows} rows: {tiles}: {str(error).splitlines()[-1:]}", flush=True)
             return None
+
+    return seconds
+
+
+def library_timer(matrices: list) -> Callable[[int], float | None]:
+    """Seconds of torch's own product over all copies in turn; None where it has none."""
+    from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
+
+    def seconds(num_rows: int) -> float | None:
+        if not matrices[0].values.is_cuda or not has_library(matrices[0], torch.bfloat16):
+            return None
+        x, row_scale = rows_of(matrices[0], num_rows)
+        return seconds_of([lambda matrix=matrix: library_matmul(x, row_scale, matrix) for matrix in matrices])
 
     return seconds
 

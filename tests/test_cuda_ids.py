@@ -27,8 +27,8 @@ def ids_of(folder: Path, device: str, quantization: str | None) -> list[list[int
 
 @pytest.fixture
 def reference_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels._folders, "cpu", "reference")
-    monkeypatch.delitem(kernels._loaded, "cpu", raising=False)
+    monkeypatch.setattr(kernels, "_folders", {"cpu": "reference"})
+    monkeypatch.setattr(kernels, "_loaded", {})
 
 
 @pytest.mark.cuda

@@ -3,7 +3,7 @@
 In Triton 3.5 and 3.6 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 in place of its
 numbers, makes loops' bounds of arrays, which numpy does not take from 2.4 on, and has no PTX: of that it gets what the
 kernels use, one instruction at a time on blocks of 32 bits. It multiplies tiles of any size and dtypes: as the compiler
-for a card does, it now refuses those that are too narrow for the matrix unit.
+for a card does, it now refuses those that are too narrow for the matrix unit, and grids that a card does not have.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+MOST_PROGRAMS = 65535  # in the second and third dimension of a grid
 TORCH_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}  # which numpy does not have
 
 
@@ -25,6 +26,7 @@ def repair() -> None:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.binary_op = _binary
     interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
+    interpreter.InterpreterBuilder.set_grid_dim = _set_grid
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _least_dot
     interpreter._patch_lang_tensor = _patch_tensor
 
@@ -37,6 +39,12 @@ def _cast(self: Any, source: Any, dtype: Any, rounding: Any = None) -> Any:
         bits = encoded.view(torch.uint8 if kind == tl.float8e4nv else torch.int16).numpy()
         return interpreter.TensorHandle(bits.view(interpreter._get_np_dtype(kind)), kind)
     return interpreter.TensorHandle(numbers.astype(interpreter._get_np_dtype(kind)), kind)
+
+
+def _set_grid(self: Any, *sizes: int) -> None:
+    """Of a launch, within a card's limits."""
+    assert sizes[0] < 2**31 and max(sizes[1:]) <= MOST_PROGRAMS, f"a card has no grid {sizes}"
+    self.grid_dim = sizes
 
 
 def _least_dot(left: Any, right: Any) -> tuple[int, int, int]:

@@ -27,7 +27,7 @@ def linear_of_norm(
     offset: float,
     weight: QuantizedWeight | Matrix,  # [O, I]
 ) -> Tensor:  # [N, O]
-    """See the door: the bits of `quantized_matmul` of `rms_norm`."""
+    """See the door. Squares are added in the order that suits the kernel: the last bit of a norm may differ."""
     is_fused = x.ndim == 2 and x.dtype in DTYPES and norm_weight.dtype == x.dtype and is_supported(x, weight)
     if not is_fused or weight.activations == "none" or weight.input_scale is not None:
         return quantized_matmul(rms_norm(x, norm_weight, epsilon, offset), weight)

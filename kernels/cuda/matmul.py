@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, require
+from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel, sum_splits_kernel
 from torchinfer.kernels.cuda.matrix import RUN, Matrix
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
@@ -55,6 +56,8 @@ def multiply_rows(
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
     if not num_rows:
         return result
+    if tiles is None and row_scale is not None and is_library_s(x, matrix, dtype, load_table()):
+        return library_matmul(x, row_scale, matrix)
     tiles = tiles or tiles_for(x, matrix, load_table())
     if tiles.splits == 1:
         _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
@@ -68,11 +71,23 @@ def multiply_rows(
 
 
 def tiles_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tiles:
-    """What `multiply_rows` launches. The table is for rows of 8 and 16 bits."""
+    """What `multiply_rows` launches, where the product is not the library's."""
+    product = product_of(x, matrix)
+    num_rows, tuned = triton.cdiv(len(x), product.num_matrices), tuned_for(x, matrix, table)
+    return choose_tiles(product, num_rows, num_processors(x.device), tuned)
+
+
+def is_library_s(x: Tensor, matrix: Matrix, dtype: torch.dtype, table: dict[Key, Tuned]) -> bool:
+    """Whether torch's own product was measured to be the faster one for so many rows."""
+    tuned = tuned_for(x, matrix, table)
+    return tuned is not None and 0 < tuned.library_rows <= len(x) and has_library(matrix, dtype)
+
+
+def tuned_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tuned | None:
+    """What was measured on this card for this matrix, and rows of 8 or 16 bits."""
     product = product_of(x, matrix)
     key = device_name(x.device), product.format, product.num_outputs, product.num_inputs, product.num_matrices
-    tuned = table.get(key) if product.element_bytes <= 2 else None
-    return choose_tiles(product, triton.cdiv(len(x), product.num_matrices), num_processors(x.device), tuned)
+    return table.get(key) if product.element_bytes <= 2 else None
 
 
 def product_of(x: Tensor, matrix: Matrix) -> Product:

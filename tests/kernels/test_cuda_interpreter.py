@@ -20,6 +20,11 @@ def product_kernel(a: tl.tensor, b: tl.tensor, result: tl.tensor, SIZE: tl.const
     tl.store(result + row[:, None] * SIZE + row[None, :], tl.dot(left, right).to(result.dtype.element_ty))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def nothing_kernel(result: tl.tensor) -> None:
+    pass
+
+
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     result = torch.empty(SIZE, SIZE, device=a.device)
     product_kernel[(1,)](a, b, result, SIZE=SIZE, INPUTS=a.shape[1])
@@ -35,3 +40,10 @@ def test_a_product_with_fewer_inputs_than_the_matrix_unit_takes_is_refused(
     narrow = a[:, : least // 2].contiguous()
     with pytest.raises(Exception, match=f"K >= {least}"):
         multiply(narrow, narrow.T.contiguous())
+
+
+def test_a_grid_that_a_card_does_not_have_is_refused(gpu: str) -> None:
+    result = torch.zeros(1, device=gpu)
+    nothing_kernel[(3, 2)](result)
+    with pytest.raises((AssertionError, RuntimeError), match=r"no grid|invalid argument"):
+        nothing_kernel[(1, 65536)](result)

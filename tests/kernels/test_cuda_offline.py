@@ -89,7 +89,10 @@ def test_a_round_takes_fewer_cycles_to_issue_than_its_bytes_take_from_memory(
 
 
 def test_kernels_fit_an_ada_and_an_ampere(tmp_path: Path) -> None:
-    ada = compiled("8.9", "decode fp8 head 128,linear fp8_w8a8 8b-gate_up 4096,fp8_block 8b-output", tmp_path)
+    ada = compiled(
+        "8.9", "decode fp8 head 128,linear fp8_w8a8 8b-gate_up 4096,fp8_block 8b-output,float32 int8", tmp_path
+    )
     ampere = compiled("8.0", "linear int4 8b-gate_up 1 rows,linear int8 8b-output", tmp_path)
     for found in ada + ampere:
-        assert found["stack_bytes"] <= 8 and found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found
+        assert found["stack_bytes"] <= 8 or "float32" in found["case"], found
+        assert found["tensor_instructions"] >= (found["name"] == "matmul_kernel"), found

@@ -219,8 +219,9 @@ def linear_of_norm(
     weight: Tensor | QuantizedWeight | PreparedWeight,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`linear` of `rms_norm`, with its bits; in fewer passes where inputs are rounded to 8 bits and the device can.
+    """`linear` of `rms_norm`; in fewer passes where inputs are rounded to 8 bits and the device can.
 
+    The last bit of the norm may differ then, and an input that it decides about is the neighbour in 8 bits.
     x: [N, I]; norm_weight: [I]; weight: [O, I]. Returns [N, O].
     """
     port = _port_of_composed("linear_of_norm", x, weight)
@@ -233,7 +234,7 @@ def linear_of_norm(
 def linear_of_gated(
     gate_up: Tensor, activation: str, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None
 ) -> Tensor:
-    """`linear` of `gated_activation`, as `linear_of_norm`. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
+    """`linear` of `gated_activation`, with its bits. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
     port = _port_of_composed("linear_of_gated", gate_up, weight)
     if port is None:
         return linear(gated_activation(gate_up, activation), weight, bias)
