@@ -6,8 +6,8 @@
 One layer of the model with all its experts, 0.3 to 2.8 GB; router and inputs are random, so that tokens choose experts
 evenly. "products" are the library's three calls (gate and up, activation, down), "rest" is what `models.moe.MoE` takes
 beside them: router, sorting by expert, weighted sum. Bytes are those of the experts that were chosen. Reading, products
-of registers, products and the whole layer take turns, and a fraction is the median of those of each turn: other work on
-the machine slows all of them. The last line is JSON.
+of registers, products and the whole layer take turns. A fraction of reading is the median of those of each turn, since
+other work on the machine slows all of them; of the peak the best turn counts. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ def measure(layer: MoE, hidden: int, num_tokens: int, expert_bytes: int, ceiling
         ceilings.read()  # so that the layer does not find these experts in a cache
         rest = seconds_of(partial(layer, x, is_live)) - products
         if turn >= 0:  # the first warms up
-            turns.append((products, rest, num_bytes, num_bytes / products / read, operations / products / peak, read))
-    products, rest, num_bytes, of_read, of_peak, read = map(statistics.median, zip(*turns, strict=True))
+            turns.append((products, rest, num_bytes, num_bytes / products / read, read, peak))
+    of_peak = operations / min(turn[0] for turn in turns) / max(turn[-1] for turn in turns)
+    products, rest, num_bytes, of_read, read, _ = map(statistics.median, zip(*turns, strict=True))
     return {
         "products_ms": round(products * 1e3, 3),
         "rest_ms": round(rest * 1e3, 3),

@@ -106,6 +106,15 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def let_torch_threads_sleep() -> None:
+    """In processes that start from now on torch's threads sleep between two ops, unless the environment says otherwise.
+
+    By default they spin for milliseconds: where torch multiplies what the CPU library has no kernel for, on the cores
+    that the library computes on.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded, which torch does at its import
+
+
 def free_memory_bytes(device: torch.device, used_bytes: int = 0) -> int:
     """Bytes that are free on the device now. `used_bytes`: what the caller has on each of several TPUs, which cannot be
     asked for it."""
