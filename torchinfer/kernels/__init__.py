@@ -133,19 +133,19 @@ def prepare(
         return packed
     values = weight if isinstance(weight, Tensor) else weight.values
     module = _preparing_module(values, "packed_weight")
-    return None if module is None else module.prepare(weight, may_overwrite)  # type: ignore[no-any-return]
+    return None if module is None else module.prepare(weight, may_overwrite)
 
 
 def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
     """One call for half a layer, if the device has it: the same bits as its ops one by one."""
     module = _preparing_module(parts.norm, "fused_layer")
-    return None if module is None else module.fuse_attention(parts)  # type: ignore[no-any-return]
+    return None if module is None else module.fuse_attention(parts)
 
 
 def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
     """As `fuse_attention`, for the other half."""
     module = _preparing_module(parts.norm, "fused_layer")
-    return None if module is None else module.fuse_mlp(parts)  # type: ignore[no-any-return]
+    return None if module is None else module.fuse_mlp(parts)
 
 
 def _preparing_module(where: Tensor, name: str) -> Any:
