@@ -24,6 +24,5 @@ def library_matmul(
 ) -> Tensor:  # bfloat16 [N, O]
     """Sums in float32. Which kernel torch takes, and so a row's last bit, may depend on the number of rows."""
     assert matrix.scale is not None
-    scales = {"scale_a": row_scale[:, None], "scale_b": matrix.scale.T}
-    product: Tensor = torch._scaled_mm(x, matrix.values.T, **scales, out_dtype=torch.bfloat16)
-    return product
+    columns, scale = matrix.values.T, matrix.scale.T
+    return torch._scaled_mm(x, columns, scale_a=row_scale[:, None], scale_b=scale, out_dtype=torch.bfloat16)
