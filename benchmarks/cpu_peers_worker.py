@@ -35,7 +35,7 @@ class Torchinfer:
 
     def __init__(self, model: str, options: dict[str, str]) -> None:
         from torchinfer.config import EngineConfig
-        from torchinfer.startup import start_engine
+        from torchinfer.launch import start_engine
 
         config = EngineConfig(
             model=model,

@@ -25,8 +25,8 @@ from loading_plot import plot_bars
 from torchinfer.config import EngineConfig
 from torchinfer.engine import Engine
 from torchinfer.kernels.cpu import library
+from torchinfer.launch import start_engine
 from torchinfer.request import Request, SamplingParams
-from torchinfer.startup import start_engine
 
 STEPS, REPEATS = 8, 3
 REGISTER_REPEATS = 1 << 19

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cuda_kernels import COLD_BYTES, LINEAR, quantized, seconds_of
+from cuda_cases import LINEAR, prepared, quantized
+from cuda_kernels import COLD_BYTES, seconds_of
 from torch import Tensor
 
 MANY = 2048  # rows that tiles of 128 are measured with
-SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8"
+SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8,int4_w4a8"
 TINY = (40, 256)
 
 
@@ -49,7 +50,8 @@ def main() -> None:
 
 def tune(scheme: str, outputs: int, inputs: int, device: str, path: Path) -> None:
     """Search, and write what was found."""
-    from torchinfer.kernels.cuda.matmul import as_matrix, device_name, product_of
+    from torchinfer.kernels.cuda.matmul import device_name, product_of
+    from torchinfer.kernels.cuda.matrix import as_matrix
     from torchinfer.kernels.cuda.tiles import num_processors
     from torchinfer.kernels.cuda.tuned_table import save_entry
     from torchinfer.kernels.cuda.tuning import search
@@ -61,10 +63,10 @@ def tune(scheme: str, outputs: int, inputs: int, device: str, path: Path) -> Non
     start = time.perf_counter()
     num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors_of(scheme, outputs, inputs, "meta"))
     num_copies = min(8, max(1, COLD_BYTES // num_bytes)) if device == "cuda" else 1
-    matrices = [as_matrix(quantized(scheme, (outputs, inputs), device)) for _ in range(num_copies)]
+    matrices = [as_matrix(prepared(scheme, (outputs, inputs), device)) for _ in range(num_copies)]
     x, _ = rows_of(matrices[0], 1)
     product = product_of(x, matrices[0])
-    tuned = search(product, num_processors(x.device), timer(matrices))
+    tuned = search(product, num_processors(x.device), timer(matrices), library_timer(matrices))
     key = device_name(x.device), product.format, outputs, inputs, 1
     save_entry(path, key, tuned)
     print(f"{scheme} {outputs}x{inputs}: {tuned}, {time.perf_counter() - start:.0f} s", flush=True)
@@ -78,19 +80,19 @@ def tensors_of(scheme: str, outputs: int, inputs: int, device: str) -> list[Tens
 
 def rows_of(matrix: object, num_rows: int) -> tuple[Tensor, Tensor | None]:
     """Rows as the matrix is multiplied with, and their scales where they are rounded."""
-    from torchinfer.kernels.cuda.matmul import ACTIVATIONS, Matrix
+    from torchinfer.kernels.cuda.matrix import Matrix
 
     assert isinstance(matrix, Matrix)
     device = matrix.values.device
     x = torch.ones(num_rows, matrix.num_inputs, device=device)
     if matrix.activations == "none":
         return x.bfloat16(), None
-    return x.to(ACTIVATIONS[matrix.activations]), torch.ones(num_rows, device=device)
+    return x.to(matrix.rounded), torch.ones(num_rows, device=device)
 
 
 def timer(matrices: list) -> Callable[..., float | None]:
     """Seconds of a launch over all copies in turn."""
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     from torchinfer.kernels.cuda.matmul import multiply_rows
 
@@ -107,8 +109,22 @@ def timer(matrices: list) -> Callable[..., float | None]:
         ]
         try:
             return seconds_of(calls) if is_card else interpreted(calls[0])
-        except OutOfResources:
+        except TritonError as error:  # too large for the card, or for its compiler
+            print(f"passed over for {num_rows} rows: {tiles}: {str(error).splitlines()[-1:]}", flush=True)
             return None
+
+    return seconds
+
+
+def library_timer(matrices: list) -> Callable[[int], float | None]:
+    """Seconds of torch's own product over all copies in turn; None where it has none."""
+    from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
+
+    def seconds(num_rows: int) -> float | None:
+        if not matrices[0].values.is_cuda or not has_library(matrices[0], torch.bfloat16):
+            return None
+        x, row_scale = rows_of(matrices[0], num_rows)
+        return seconds_of([lambda matrix=matrix: library_matmul(x, row_scale, matrix) for matrix in matrices])
 
     return seconds
 

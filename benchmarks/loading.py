@@ -11,7 +11,7 @@
     python benchmarks/loading.py --work /tmp/loading --gigabytes 0.2 --megabytes-per-stream 16 --repeats 1
 
 Each load runs in a fresh process and is timed inside it, imports excluded; the methods take turns. Checkpoints are made
-in --work and stay there: 8 GB for figures 1, 2 and 5, twice as much more for 4. The last line above is a quick check.
+in --work and stay there: 8 GB for figures 1, 2 and 5, four times as much more for 4. The last line is a quick check.
 The peers' packages: safetensors, runai-model-streamer[gcs], fastsafetensors, transformers; what is missing is listed.
 """
 
@@ -44,7 +44,8 @@ BUFFERED = {
 READERS = (1, 4, 16)
 QUANTIZED_READERS = 4
 MEMORY_LIMITS = (2 << 30, 256 << 20)
-MODELS = (("dense", "bf16"), ("moe", "bf16"), ("dense", "f32"))  # float32 becomes bfloat16 on the way
+# Float32 becomes bfloat16 on the way, and Falcon's q, k and v are turned.
+MODELS = (("dense", "bf16"), ("moe", "bf16"), ("dense", "f32"), ("moe", "f32"), ("falcon", "f32"))
 HELD_AS = ("bf16", "int8", "int4_g64")  # of figure 4: what bf16 is loaded to
 
 
@@ -190,6 +191,7 @@ def summarize_memory(case: Case, results: list[Row], limit: int) -> Row:
     }
     row = summarize(case, results)
     row |= {"limit_mib": limit >> 20, "fraction": round(above["rss"] / limit, 3)}
+    row["group_peak_by"] = results[-1]["group_peak_by"]
     return row | {f"{source}_above_mib": round(value / (1 << 20), 1) for source, value in above.items()}
 
 
@@ -265,6 +267,7 @@ COLUMNS = {
     "limit_mib": "limit, MiB",
     "rss_above_mib": "RSS above, MiB",
     "group_above_mib": "cgroup above, MiB",
+    "group_peak_by": "cgroup's peak by",
 }
 
 

@@ -18,13 +18,14 @@ import json
 import mmap
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
+
+from loading_memory import MemoryWatch
 
 Load = Callable[[], int]  # returns the bytes of what was loaded
 Task = dict[str, Any]
@@ -152,7 +153,7 @@ def ours(task: Task) -> Load:
     models = require("torchinfer.models")
     if task["path"].startswith("gs://"):
         require("gcsfs.core")  # or its import would be timed
-    options = loader.LoadOptions(**task.get("options", {}))
+    options = checkpoint.LoadOptions(**task.get("options", {}))
 
     def load() -> int:
         opened = checkpoint.Checkpoint.open(task["path"])
@@ -280,60 +281,6 @@ PACKAGES = {
 # Measuring.
 
 
-class MemoryWatch:
-    """The most memory that this process, and its control group, held while it was watched."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-        self.before = status_bytes("VmRSS")
-        self._group = group_usage()
-        self.group_before = self.group_peak = read_number(self._group)
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self.group_peak = max(self.group_peak, read_number(self._group))
-
-    def stop(self) -> dict[str, int]:
-        """Bytes: how much more was resident at most than before, and how much more the group used."""
-        self._done.set()
-        self._thread.join()
-        found = {"rss": status_bytes("VmHWM") - self.before}
-        if self._group is not None:
-            found["group"] = self.group_peak - self.group_before
-        return found
-
-
-def status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
-
-
-def group_usage() -> Path | None:
-    """The file with the bytes that this control group uses now; version 2 or 1; None where there is none to read."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            files = [Path(f"/sys/fs/cgroup{path}/memory.current"), Path("/sys/fs/cgroup/memory.current")]
-        elif "memory" in controllers.split(","):
-            roots = (f"/sys/fs/cgroup/memory{path}", "/sys/fs/cgroup/memory")
-            files = [Path(root) / "memory.usage_in_bytes" for root in roots]
-        else:
-            continue
-        for file in files:
-            if file.exists():
-                return file
-    return None
-
-
-def read_number(path: Path | None) -> int:
-    return int(path.read_text()) if path is not None else 0
-
-
 def storage_bytes() -> int:
     """What this process has caused to be fetched from storage."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
@@ -371,7 +318,7 @@ def measure(task: Task) -> dict[str, Any]:
     result: dict[str, Any] = {"seconds": time.perf_counter() - start, "num_bytes": num_bytes}
     result["storage_bytes"] = storage_bytes() - fetched
     if watch is not None:
-        result["memory"] = watch.stop()
+        result["memory"], result["group_peak_by"] = watch.stop(), watch.how
         result["held_bytes"] = sum(tensor.nbytes for tensor in task["kept"].state_dict().values())
     package = PACKAGES.get(task["method"].split()[0])
     if package is not None:

@@ -4,9 +4,10 @@
     python benchmarks/make_checkpoint.py --out /tmp/moe --gigabytes 8 --kind moe --shards 1
     python benchmarks/make_checkpoint.py --out /tmp/8b --kind llama3-8b --shards 4
 
-Dense is a Llama, moe a Qwen3 with experts, llama3-8b has that model's shapes and takes 16 GB; torchinfer and
-transformers load all of them. The files are written from one random block, each tensor from another place of it: as
-fast as the disk takes them, and the memory stays small.
+Dense is a Llama, moe a Qwen3 with experts, falcon a Falcon, whose q, k and v are turned while it is loaded; llama3-8b
+has that model's shapes and takes 16 GB, mixtral-4-layers those of Mixtral 8x7B with 4 layers of 32, 12 GB. torchinfer
+and transformers load all of them. The files are written from one
+random block, each tensor from another place of it: as fast as the disk takes them, and the memory stays small.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +41,8 @@ class Sizes:
     min_layers: int
     num_experts: int = 0
     vocab_size: int = 0
+    is_mixtral: bool = False
+    is_falcon: bool = False
 
     @property
     def num_heads(self) -> int:
@@ -55,15 +58,22 @@ class Sizes:
 
     @property
     def intermediate(self) -> int:
-        """As wide as Llama 3's; an expert's as narrow as Qwen3-30B-A3B's."""
-        return 3 * self.hidden // 8 if self.num_experts else 7 * self.hidden // 2
+        """As wide as Llama 3's and Mixtral's, or Falcon's; a Qwen3's expert as narrow as Qwen3-30B-A3B's."""
+        if self.is_falcon:
+            return 4 * self.hidden
+        return 3 * self.hidden // 8 if self.num_experts and not self.is_mixtral else 7 * self.hidden // 2
 
 
 DENSE = [
     Sizes(256, 32, 2),
     *(Sizes(hidden, 128, hidden // 128) for hidden in (512, 1024, 2048, 3072, 4096, 5120, 8192)),
 ]
-NAMED = {"llama3-8b": (Sizes(4096, 128, 32, vocab_size=128256), 32)}  # with their layers, whatever is asked for
+FALCON = [replace(sizes, is_falcon=True) for sizes in DENSE]
+NAMED = {  # with their layers, whatever is asked for
+    "llama3-8b": (Sizes(4096, 128, 32, vocab_size=128256), 32),
+    "mixtral-4-layers": (Sizes(4096, 128, 4, 8, 32000, is_mixtral=True), 4),
+    "mixtral-tiny": (Sizes(256, 32, 2, 4, is_mixtral=True), 2),
+}
 MOE = [Sizes(256, 32, 4, 16), Sizes(512, 128, 4, 32), Sizes(1024, 128, 4, 64), Sizes(2048, 128, 4, 128)]
 
 
@@ -98,7 +108,7 @@ def choose(kind: str, num_values: float) -> tuple[Sizes, int]:
     """The widest model of the kind that gets enough layers, and its number of layers."""
     if kind in NAMED:
         return NAMED[kind]
-    candidates = MOE if kind == "moe" else DENSE
+    candidates = {"moe": MOE, "falcon": FALCON, "dense": DENSE}[kind]
     found = candidates[0], 1
     for sizes in candidates:
         skeleton = count(all_shapes(sizes, 0))
@@ -114,11 +124,28 @@ def count(shapes: Shapes) -> int:
 
 def all_shapes(sizes: Sizes, num_layers: int) -> Shapes:
     """Name -> shape of all tensors, in the order of the layers."""
+    if sizes.is_falcon:
+        return falcon_shapes(sizes, num_layers)
     shapes: Shapes = {"model.embed_tokens.weight": (sizes.vocab, sizes.hidden)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         shapes |= {prefix + name: shape for name, shape in layer_shapes(sizes).items()}
     return shapes | {"model.norm.weight": (sizes.hidden,), "lm_head.weight": (sizes.vocab, sizes.hidden)}
+
+
+def falcon_shapes(sizes: Sizes, num_layers: int) -> Shapes:
+    """The newer architecture with one norm a layer, without biases."""
+    hidden, heads = sizes.hidden, sizes.num_heads + 2 * sizes.num_kv_heads
+    shapes: Shapes = {"transformer.word_embeddings.weight": (sizes.vocab, hidden)}
+    for layer in range(num_layers):
+        prefix = f"transformer.h.{layer}."
+        shapes |= {f"{prefix}input_layernorm.{kind}": (hidden,) for kind in ("weight", "bias")}
+        shapes[f"{prefix}self_attention.query_key_value.weight"] = (heads * sizes.head_dim, hidden)
+        shapes[f"{prefix}self_attention.dense.weight"] = (hidden, hidden)
+        shapes[f"{prefix}mlp.dense_h_to_4h.weight"] = (sizes.intermediate, hidden)
+        shapes[f"{prefix}mlp.dense_4h_to_h.weight"] = (hidden, sizes.intermediate)
+    shapes |= {f"transformer.ln_f.{kind}": (hidden,) for kind in ("weight", "bias")}
+    return shapes | {"lm_head.weight": (sizes.vocab, hidden)}
 
 
 def layer_shapes(sizes: Sizes) -> Shapes:
@@ -133,6 +160,8 @@ def layer_shapes(sizes: Sizes) -> Shapes:
     }
     if not sizes.num_experts:
         return shapes | mlp_shapes("mlp.", sizes)
+    if sizes.is_mixtral:
+        return shapes | mixtral_shapes(sizes)
     shapes |= {"self_attn.q_norm.weight": (sizes.head_dim,), "self_attn.k_norm.weight": (sizes.head_dim,)}
     shapes["mlp.gate.weight"] = (sizes.num_experts, hidden)
     for expert in range(sizes.num_experts):
@@ -143,6 +172,15 @@ def layer_shapes(sizes: Sizes) -> Shapes:
 def mlp_shapes(prefix: str, sizes: Sizes) -> Shapes:
     up, down = (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)
     return {f"{prefix}gate_proj.weight": up, f"{prefix}up_proj.weight": up, f"{prefix}down_proj.weight": down}
+
+
+def mixtral_shapes(sizes: Sizes) -> Shapes:
+    up, down = (sizes.intermediate, sizes.hidden), (sizes.hidden, sizes.intermediate)
+    shapes: Shapes = {"block_sparse_moe.gate.weight": (sizes.num_experts, sizes.hidden)}
+    for expert in range(sizes.num_experts):
+        prefix = f"block_sparse_moe.experts.{expert}."
+        shapes |= {f"{prefix}w1.weight": up, f"{prefix}w2.weight": down, f"{prefix}w3.weight": up}
+    return shapes
 
 
 def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -164,7 +202,10 @@ def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, 
         "hidden_act": "silu",
         "tie_word_embeddings": False,
     }
-    if sizes.num_experts:
+    if sizes.is_mixtral:
+        moe = {"num_local_experts": sizes.num_experts, "num_experts_per_tok": 2, "sliding_window": None}
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", **moe}
+    elif sizes.num_experts:
         config |= {
             "architectures": ["Qwen3MoeForCausalLM"],
             "model_type": "qwen3_moe",
@@ -175,6 +216,16 @@ def make_config(sizes: Sizes, num_layers: int, dtype: torch.dtype) -> dict[str, 
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
+    if sizes.is_falcon:
+        config |= {
+            "architectures": ["FalconForCausalLM"],
+            "model_type": "falcon",
+            "num_kv_heads": sizes.num_kv_heads,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+        }
+        for name in ("num_key_value_heads", "intermediate_size", "head_dim", "rms_norm_eps", "hidden_act"):
+            del config[name]
     return config
 
 
@@ -231,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=8.0)
-    parser.add_argument("--kind", choices=["dense", "moe", *NAMED], default="dense")
+    parser.add_argument("--kind", choices=["dense", "moe", "falcon", *NAMED], default="dense")
     parser.add_argument("--shards", type=int, default=1, help="1: one file without an index")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     args = parser.parse_args()

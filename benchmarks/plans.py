@@ -49,6 +49,11 @@ class Case:
     batch: int = 64
     chunk: int = 512
 
+    @property
+    def name(self) -> str:
+        """llama-2-70b int8 v5p 2x2x1."""
+        return f"{self.model} {self.quantization or 'bfloat16'} {self.accelerator} {self.topology}"
+
 
 CASES = (
     Case("llama-2-7b", "int8", "v5e", "1x1", batch=32),
@@ -68,14 +73,14 @@ CASES = (
 def main() -> None:
     """Plan and compile what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="TEXT", default="", help="models whose name has it")
+    parser.add_argument("--only", metavar="TEXT", default="", help="models and topologies whose name has it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile-seconds", type=float, default=1800, metavar="X", help="for each program")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
     arguments = parser.parse_args()
     print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
     results = []
-    for case in (case for case in CASES if arguments.only in case.model):
+    for case in (case for case in CASES if arguments.only in case.name):
         for row, result in run(case, arguments.compile, arguments.compile_seconds):
             print(f"| {' | '.join(row)} |", flush=True)
             results.append(result)
@@ -96,7 +101,7 @@ def run(case: Case, is_compiled: bool, limit_seconds: float) -> Iterator[tuple[l
         accelerator=case.accelerator,
         topology=case.topology,
         max_num_batched_tokens=case.chunk,
-        batch=case.batch,
+        batch=(case.batch,),
         compile_seconds=limit_seconds,
     )
     found = plan(options)

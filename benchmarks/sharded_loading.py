@@ -1,7 +1,8 @@
 """How much each of several tensor-parallel processes reads of a checkpoint, against its share.
 
 Row-cut tensors are contiguous in the file, a process reads its rows; a tensor that is cut in columns must be read in
-whole rows. Each rank is loaded for real, one after the other; what an exchange would make of it comes from its plan.
+whole rows. Every byte is counted where it comes in: results of `preadv` in a folder, what the server sends over gs://
+(torchinfer's fake one). Each process is loaded for real, one after the other; with an exchange all at once, over gloo.
 
     python benchmarks/sharded_loading.py --model DIR [DIR ...]      # e.g. those of benchmarks/make_checkpoint.py
 """
@@ -10,22 +11,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 
-from torchinfer.loader import Checkpoint, load_weights
+from torchinfer.fake_gcs import FakeGcs
+from torchinfer.loader import Checkpoint, LoadOptions, load_weights
 from torchinfer.loader.placement import Placement, place
-from torchinfer.loader.plan import NETWORK_EXTENT_BYTES
-from torchinfer.loader.sharing import plan_shared
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import Shard
 
-SMALLEST_EXCHANGED_BYTES = 1 << 20
+BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
 
 
 def local_model(config: ModelConfig, world: int) -> Decoder:
@@ -55,21 +62,78 @@ def shares(checkpoint: Checkpoint, placements: dict[str, Placement]) -> Counter[
     return found
 
 
+@contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """The bytes that each call of `preadv` inside of it gives."""
+    whole, found = os.preadv, list[int]()
+
+    def preadv(descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        count = whole(descriptor, buffers, offset, flags)
+        if not flags:  # with flags it is a question to the page cache
+            found.append(count)
+        return count
+
+    os.preadv = preadv  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        os.preadv = whole
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[str, FakeGcs]]:
+    """The address of a folder in a fake bucket, and the server."""
+    with tempfile.TemporaryDirectory() as root:
+        Path(root, "bucket").symlink_to(folder.resolve().parent)
+        with FakeGcs(Path(root)) as server:
+            os.environ["STORAGE_EMULATOR_HOST"] = server.endpoint
+            yield f"gs://bucket/{folder.name}", server
+
+
+def load(address: str, rank: int, world: int, options: LoadOptions, on_headers: Callable[[], object]) -> int:
+    """Load a process's part; `on_headers` is called when only tensors are left to read. Bytes by the load's report."""
+    checkpoint = Checkpoint.open(address)
+    model = local_model(ModelConfig.from_dict(checkpoint.config), world)
+    on_headers()
+    return load_weights(model, checkpoint, BFLOAT16, CPU, False, options, Shard(rank, world)).read_bytes
+
+
+def load_together(rank: int, address: str, world: int, folder: str) -> None:
+    """One process of several that exchange; leaves what it has read in `folder`."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    read = load(address, rank, world, LoadOptions(exchange=True), lambda: None)
+    Path(folder, str(rank)).write_text(str(read))
+    dist.destroy_process_group()
+
+
+def read_together(folder: Path, world: int) -> int:
+    with tempfile.TemporaryDirectory() as results:
+        multiprocessing.spawn(load_together, (str(folder), world, results), nprocs=world)
+        return sum(int(Path(results, str(rank)).read_text()) for rank in range(world))
+
+
 def measure(folder: Path, world: int) -> dict[str, object]:
     checkpoint = Checkpoint.open(folder)
-    config = ModelConfig.from_dict(checkpoint.config)
-    read, share, columns, exchanged = 0, Counter[str](), 0, 0
+    share, columns = Counter[str](), 0
     for rank in range(world):
-        model, shard = local_model(config, world), Shard(rank, world)
-        placements, _ = place(model, checkpoint.tensors, shard)
+        model = local_model(ModelConfig.from_dict(checkpoint.config), world)
+        placements, _ = place(model, checkpoint.tensors, Shard(rank, world))
         share += shares(checkpoint, placements)
-        read += load_weights(model, checkpoint, torch.bfloat16, torch.device("cpu"), False, shard=shard).num_bytes
         columns += sum(checkpoint.tensors[name].num_bytes for name, p in placements.items() if kind_of(p) == "columns")
-        shared = plan_shared(placements, checkpoint.tensors, shard, NETWORK_EXTENT_BYTES, SMALLEST_EXCHANGED_BYTES)
-        alone = sum(checkpoint.tensors[name].num_bytes for name in placements if name not in shared.names)
-        divided = {name: p for name, p in placements.items() if name not in shared.names}
-        exchanged += sum(extent.num_bytes for extent in shared.own)
-        exchanged += sum(shares(checkpoint, divided).values()) if alone else 0
+    read, sent = 0, 0
+    for rank in range(world):
+        with counted_reads() as counts:
+            reported = load(str(folder), rank, world, LoadOptions(direct=False), counts.clear)
+        own = sum(counts)
+        assert own == reported, f"rank {rank} read {own} bytes, and reports {reported}"
+        read += own
+        with served(folder) as (address, server):
+            reported = load(address, rank, world, LoadOptions(), lambda: server.stats(reset=True))
+            own = server.stats().num_bytes
+        print(f"{folder.name}, rank {rank}: gs:// sent {own}, reported {reported}", flush=True)
+        sent += own
     by_rows = share["rows"] + share["whole"]
     return {
         "model": folder.name,
@@ -78,7 +142,9 @@ def measure(folder: Path, world: int) -> dict[str, object]:
         "rows_and_whole": round((read - columns) / by_rows, 4),
         "columns": round(columns / share["columns"], 4),
         "overall": round(read / share.total(), 4),
-        "overall_with_exchange": round(exchanged / share.total(), 4),
+        "rows_and_whole_gs": round((sent - columns) / by_rows, 4),
+        "overall_gs": round(sent / share.total(), 4),
+        "overall_with_exchange": round(read_together(folder, world) / share.total(), 4),
     }
 
 

@@ -65,7 +65,7 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
 
     compiled = aot.compile_jax(attention, arguments, TOPOLOGIES[chip], dump_bundles=True)
     kernel = max(compiled.kernels.values(), key=lambda kernel: kernel.num_bundles)
-    counted = AttentionBundles(kernel, kernels.attention_blocks(heads, kv_heads, size, dtype))
+    counted = AttentionBundles(kernel, kernels.attention_blocks(heads, kv_heads, size, dtype, config.num_cores))
     flops = 2 * 2 * config.rows(config.tile_tokens) * config.prefill_chunk * PAGE_SIZE * config.key_width
     return Block(
         config.block_tokens,

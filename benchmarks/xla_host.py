@@ -21,8 +21,8 @@ from pathlib import Path
 
 from torchinfer.config import KV_CACHE_DTYPES, EngineConfig
 from torchinfer.engine import Engine
+from torchinfer.launch import start_engine
 from torchinfer.request import Request, SamplingParams
-from torchinfer.startup import start_engine
 from torchinfer.testing import SIZES, save_random_checkpoint
 
 CEILING_MS = 2.0

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torchinfer.config import EngineConfig
 from torchinfer.engine import Engine
+from torchinfer.launch import start_engine
 from torchinfer.request import Request, SamplingParams
-from torchinfer.startup import start_engine
 
 
 def random_request(rng: random.Random, index: int, vocab: int) -> Request:

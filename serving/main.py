@@ -18,6 +18,7 @@ from torchinfer.serving.options import ServerOptions
 
 if TYPE_CHECKING:
     from torchinfer.async_engine import AsyncEngine
+    from torchinfer.hosts import Hosts
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,16 @@ class StopSignals:
 
 
 def run_server(config: EngineConfig, options: ServerOptions) -> int:
-    """Serve until a signal; the exit code of the process. Raises any TorchinferError of loading or listening."""
-    return asyncio.run(_run(config, options))
+    """Serve until a signal; the exit code of the process. Raises any TorchinferError of loading or listening.
+
+    On another host than the first of several: compute what that one is asked, until it ends.
+    """
+    from torchinfer.launch import hosts_of
+
+    hosts = hosts_of(config)
+    if hosts is None or hosts.leads:
+        return asyncio.run(_run(config, options))
+    return _follow(config, hosts)
 
 
 async def serve(options: ServerOptions, load: Callable[[], AsyncEngine], signals: StopSignals) -> int | None:
@@ -64,6 +73,22 @@ async def serve(options: ServerOptions, load: Callable[[], AsyncEngine], signals
         return 0 if drained else 1
     finally:
         await server.stop()
+
+
+def _follow(config: EngineConfig, hosts: Hosts) -> int:
+    from torchinfer.launch import run_follower
+
+    def receive(number: int, frame: object) -> None:
+        logger.info("host %d goes on until host 0 ends; a second signal ends it at once", hosts.index)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    # A slice ends as one: all pods get the signal together, and the first one's requests need this host.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, receive)
+    print(f"torchinfer host {hosts.index} of {len(hosts.names)}, for requests to {hosts.names[0]}", flush=True)
+    run_follower(config, hosts)
+    return 0
 
 
 async def _run(config: EngineConfig, options: ServerOptions) -> int:

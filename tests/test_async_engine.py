@@ -15,6 +15,7 @@ import pytest
 
 from torchinfer.async_engine import AsyncEngine
 from torchinfer.config import EngineConfig
+from torchinfer.device import let_torch_threads_sleep
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
 from torchinfer.errors import CheckpointError, EngineError, OverloadedError, RequestError, StepMemoryError
@@ -210,6 +211,24 @@ def test_an_engine_in_its_own_process_gives_the_same_ids_and_its_death_ends_the_
     assert "".join(event.text for event in events) == expected.text
     assert [entry for event in events for entry in event.logprobs or []] == expected.logprobs
     assert events[0].prompt_logprobs == expected.prompt_logprobs
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="tells the environment of another process")
+def test_torch_threads_sleep_between_ops_in_the_engines_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    engine = AsyncEngine.from_config(EngineConfig(model=CHECKPOINT, device="cpu", progress=False))
+    try:
+        assert engine._worker is not None
+        environment = Path(f"/proc/{engine._worker.pid}/environ").read_text()  # type: ignore[union-attr]
+    finally:
+        engine.close()
+    assert "OMP_WAIT_POLICY=PASSIVE" in environment.split("\0")
+
+
+def test_torch_threads_do_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_torch_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_what_the_engines_process_refuses_is_raised_here(tmp_path: Path) -> None:

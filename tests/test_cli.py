@@ -24,6 +24,7 @@ ENGINE_FLAGS = {
     "model": ("--model m", "m"),
     "device": ("--device cpu", "cpu"),
     "tensor_parallel_size": ("--tensor-parallel-size 2", 2),
+    "hosts_port": ("--hosts-port 9999", 9999),
     "expert_parallel": ("--expert-parallel", True),
     "dtype": ("--dtype float16", "float16"),
     "quantization": ("--quantization *.mlp.*=int4 --quantization int8", {"*.mlp.*": "int4", "*": "int8"}),

@@ -10,6 +10,7 @@ import torch
 from torchinfer import ConfigError, DeviceError, EngineConfig, quantization
 from torchinfer.config import SCHEMES
 from torchinfer.device import resolve_device
+from torchinfer.startup import resolve_dtype
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,11 @@ def test_xla_without_torch_xla_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DeviceError, match="device='xla' needs torch_xla, which is not installed"):
         resolve_device("xla")
+
+
+def test_a_checkpoint_in_float16_is_bfloat16_on_a_tpu_which_has_no_other() -> None:
+    assert resolve_dtype("auto", {"torch_dtype": "float16"}) == torch.float16
+    assert resolve_dtype("auto", {"torch_dtype": "float16"}, is_tpu=True) == torch.bfloat16
+    assert resolve_dtype("auto", {"dtype": "float32"}, is_tpu=True) == torch.float32
+    with pytest.raises(ConfigError, match=r"dtype='float16': a TPU has bfloat16 in its place; use dtype='bfloat16'"):
+        resolve_dtype("float16", {}, is_tpu=True)

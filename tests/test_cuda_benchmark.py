@@ -1,4 +1,4 @@
-"""benchmarks/cuda_engine.py with a tiny model on the CPU: every part runs, and one that takes too long is ended."""
+"""Benchmarks for a GPU, tiny and on the CPU: every part runs, and one that takes too long is ended."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+KERNELS = Path(__file__).parents[1] / "benchmarks" / "cuda_kernels.py"
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "cuda_engine.py"
 
 
@@ -29,10 +30,21 @@ def test_every_part_measures_something(folder: Path) -> None:
     *results, summary = run(folder, "--together", "--out", str(folder / "lines"))
     assert summary["ended"] == [result["part"] for result in results] and summary["failed"] == []
     assert {"ceilings", "decode-bf16", "decode-int4", "peer", "host", "throughput", "load-fp8"} <= {*summary["ended"]}
+    assert summary["times_transformers"] > 0
+    assert {"host-mixed", "mixtral"} <= {*summary["ended"]}
     for result in results:
         measured = [value for name, value in result.items() if isinstance(value, float) and name != "part_seconds"]
         assert measured and all(value > 0 for value in measured)
     assert [json.loads(line) for line in (folder / "lines").read_text().splitlines()] == results
+
+
+def test_kernels_and_their_peers_are_called_rightly() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, str(KERNELS), "--tiny", "--cases", "peer,decode int8,int4_zero,grouped"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cases = [result["case"] for result in json.loads(done.stdout.splitlines()[-1])["results"]]
+    assert len(cases) == 5 and sum("peer" in case for case in cases) == 2
 
 
 def test_a_part_that_takes_too_long_is_ended_and_the_next_one_runs(folder: Path) -> None:

@@ -7,7 +7,7 @@ On a GPU, where nobody has run them yet, the last tests do the same with CUDA's 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchinfer import LLM, DeviceError, SamplingParams, kernels, startup
+from torchinfer.decode_graphs import DecodeGraphs
 from torchinfer.llm import Output
 from torchinfer.runner import EagerRunner
+from torchinfer.step_input import StepShape
 from torchinfer.testing import save_random_checkpoint, tiny_config
 
 OPTIONS: dict[str, Any] = {"max_num_requests": 6, "max_num_batched_tokens": 16, "max_model_len": 96, "page_size": 8}
@@ -108,6 +110,22 @@ def generate(folder: Path, **options: Any) -> list[Output]:
         return llm.generate(prompts, params)
 
 
+def compare_replays(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """From now on each replay must have the bits of the same step, computed op by op; how many were compared."""
+    run, compared = DecodeGraphs.run, []
+
+    def both(self: DecodeGraphs, plan: Any, page_table: Any, shape: StepShape) -> tuple[Tensor, Tensor]:
+        hidden, packed = run(self, plan, page_table, shape)
+        replayed = hidden.clone()
+        computed = self._forward(packed, shape)  # which writes the same keys and values
+        assert torch.equal(replayed.view(torch.uint8), computed.view(torch.uint8)), shape
+        compared.append(shape)
+        return replayed, packed
+
+    monkeypatch.setattr(DecodeGraphs, "run", both)
+    return lambda: len(compared)
+
+
 def assert_equal(outputs: list[Output], expected: list[Output], tolerance: float) -> None:
     for output, truth in zip(outputs, expected, strict=True):
         assert output.token_ids == truth.token_ids
@@ -122,19 +140,26 @@ def test_replays_of_captured_steps_give_the_ids_of_steps_that_are_computed(
     save_random_checkpoint(tiny_config(name), tmp_path)
     expected = generate(tmp_path, device="cpu", kv_cache_dtype=cache)
     monkeypatch.setattr(startup, "EagerRunner", CapturingRunner)
+    num_compared = compare_replays(monkeypatch)
     outputs = generate(tmp_path, device="cpu", kv_cache_dtype=cache)
+    assert num_compared() > 15
     assert len(software_graphs) == 8  # 1, 2, 4, 6 rows of 5 and 12 pages
     assert all(len(graph.operations) > 50 for graph in software_graphs)
     assert sum(graph.num_replays for graph in software_graphs) > 15
     assert_equal(outputs, expected, 1e-4)
 
 
+class CompilationError(Exception):
+    """Triton's are no RuntimeErrors."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, CompilationError])
 def test_a_step_that_cannot_be_captured_says_how_to_go_without(
-    software_graphs: list[SoftwareGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], software_graphs: list[SoftwareGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
     def refuse(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise kind("operation not permitted when stream is capturing")
         yield
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
@@ -151,6 +176,25 @@ def test_graphs_of_a_gpu_give_the_ids_of_its_eager_steps_and_of_the_cpu(name: st
     expected = generate(tmp_path, device="cpu")
     for cuda_graphs in (False, True):
         assert_equal(generate(tmp_path, device="cuda", cuda_graphs=cuda_graphs), expected, 1e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    ("name", "quantization", "cache"),
+    [
+        ("llama", None, "auto"),
+        ("gemma2", "fp8_w8a8", "int8"),
+        ("llama-dynamic", "int4_g32", "fp8"),
+        ("mixtral", None, "auto"),
+    ],
+)
+def test_graphs_of_a_gpu_have_the_bits_of_its_eager_steps(
+    name: str, quantization: str | None, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_random_checkpoint(tiny_config(name), tmp_path)
+    num_compared = compare_replays(monkeypatch)
+    generate(tmp_path, device="cuda", dtype="bfloat16", quantization=quantization, kv_cache_dtype=cache)
+    assert num_compared() > 15
 
 
 @pytest.mark.cuda

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchinfer.logit_edits import LogitEdits, pieces
+from torchinfer.logit_edits import LogitEdits, collect_edits, pieces
+from torchinfer.request import SamplingParams
 from torchinfer.sampler import apply_edits
+from torchinfer.sequence import Sequence
 
 NUM_ROWS, VOCABULARY = 12, 50
 
@@ -53,3 +55,62 @@ def test_there_are_as_many_pieces_as_the_part_with_the_most_edits_needs() -> Non
     assert len(list(pieces(edits, 4, 1, 4))) == 5
     assert len(list(pieces(edits, 4, 2, 4))) == 3
     assert len(list(pieces(edits, 8, 4, 8))) == 2
+
+
+def make_sequence(prompt: list[int], output: list[int], **params: object) -> Sequence:
+    facts = {"priority": 0, "arrival": 0, "stop_ids": frozenset({7, 9}), "max_length": 99, "sampling_record": b""}
+    sequence = Sequence("r", 0, prompt, SamplingParams(max_tokens=50, **params), **facts)
+    sequence.tokens += output
+    return sequence
+
+
+def by_hand(sequence: Sequence, logits: Tensor) -> Tensor:
+    """One token after the other, in float64."""
+    p, edited = sequence.params, logits.double().clone()
+    for token in set(sequence.tokens):
+        edited[token] = (
+            edited[token] / p.repetition_penalty if edited[token] > 0 else edited[token] * p.repetition_penalty
+        )
+    for token in sequence.output_ids:
+        edited[token] -= p.frequency_penalty
+    for token in set(sequence.output_ids):
+        edited[token] -= p.presence_penalty
+    for token, bias in p.logit_bias.items():
+        edited[token] += bias
+    if sequence.num_output < p.min_tokens:
+        edited[[*sequence.stop_ids]] = -torch.inf
+    return edited
+
+
+PARAMS: list[dict[str, object]] = [
+    {"repetition_penalty": 1.5},
+    {"presence_penalty": 0.5, "frequency_penalty": -0.25},
+    {"logit_bias": {3: 2.0, 49: -5.0}},
+    {"min_tokens": 6},
+    {"min_tokens": 5},
+    {},
+    {
+        "repetition_penalty": 0.7,
+        "presence_penalty": 1.0,
+        "frequency_penalty": 0.5,
+        "logit_bias": {3: 1.0, 7: 4.0, 40: 9.0},
+        "min_tokens": 20,
+    },
+]
+
+
+def test_edits_of_a_step_are_those_of_each_sequence_by_hand() -> None:
+    sampled = [make_sequence([3, 3, 4, 40, 3], [5, 3, 5, 8, 5], **params) for params in PARAMS]
+    logits = torch.randn(len(sampled), VOCABULARY, generator=torch.Generator().manual_seed(0))
+    edits = collect_edits(sampled)
+    assert edits is not None
+    assert [array.dtype for array in edits.arrays] == [np.int32, np.int32, np.float32, np.float32]
+    pairs = list(zip(edits.row.tolist(), edits.token.tolist(), strict=True))
+    assert pairs == sorted(set(pairs)) and {0, 1, 2, 3, 6} == {row for row, _ in pairs}
+    expected = torch.stack([by_hand(*pair) for pair in zip(sampled, logits, strict=True)])
+    torch.testing.assert_close(apply(logits, edits).double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_step_without_edits_has_none() -> None:
+    assert collect_edits([make_sequence([1], [2, 3], min_tokens=2), make_sequence([1], [])]) is None
+    assert collect_edits([make_sequence([1], [], presence_penalty=1.0)]) is None

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchinfer import EngineConfig, startup
-from torchinfer.device import resolve_device
+from torchinfer import EngineConfig, launch
 from torchinfer.errors import ConfigError
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.models import build_model
@@ -159,22 +158,17 @@ def test_scales_that_would_belong_to_two_chips_are_refused(
     ("options", "message"),
     [
         ({"tensor_parallel_size": 3}, "num_heads=4 is not divisible by 3 chips"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 divides a model among the chips of XLA (TPU), but the"),
+        ({"tensor_parallel_size": 8}, "num_heads=4 is not divisible by 8 chips"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_before_anything_is_loaded(
     options: dict[str, int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_random_checkpoint(tiny_config("llama"), tmp_path)
-    monkeypatch.setattr(startup, "_load", lambda *arguments: pytest.fail("a tensor would have been read"))
+    monkeypatch.setattr(launch, "start_ranks", lambda config: pytest.fail("processes would have been started"))
     with pytest.raises(ConfigError) as error:
-        startup.start_engine(EngineConfig(model=tmp_path, device="cpu", **options))
+        launch.start_engine(EngineConfig(model=tmp_path, device="cpu", **options))
     assert message in str(error.value)
-
-
-def test_a_device_without_chips_to_divide_a_model_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=8 .* use tensor_parallel_size=1, or device='xla'"):
-        resolve_device("cpu", 8)
 
 
 def test_heads_that_neither_divide_nor_are_divided_are_named() -> None:

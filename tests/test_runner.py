@@ -22,7 +22,7 @@ from torchinfer.loader import Checkpoint
 from torchinfer.request import FinishReason
 from torchinfer.runner import EagerRunner
 from torchinfer.step_input import StepShape
-from torchinfer.step_memory import MemoryPlan
+from torchinfer.step_memory import MemoryPlan, warm_up_steps
 from torchinfer.testing import save_random_checkpoint, tiny_config
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "max_num_requests": 6, "page_size": 8, "progress": False}
@@ -165,6 +165,19 @@ def test_a_step_without_memory_ends_its_requests_with_the_arithmetic_and_the_nex
         assert [llm.generate([prompt], params)[0].token_ids for prompt in prompts] == expected
         engine._scheduler.check()
         assert llm.stats().num_used_pages == 0
+
+
+@pytest.mark.parametrize("max_num_requests", [1, 2, 6])
+def test_the_largest_steps_have_no_more_requests_than_there_can_be(max_num_requests: int, tmp_path: Path) -> None:
+    save_random_checkpoint(tiny_config("llama"), tmp_path)
+    options = OPTIONS | {"max_num_requests": max_num_requests, "max_model_len": 16, "max_num_batched_tokens": 70}
+    with LLM(tmp_path, **options) as llm:
+        runner: Any = llm._engine.runner  # type: ignore[union-attr]
+        steps = list(warm_up_steps(*runner._sizes))
+        for plan, page_table in steps:
+            assert len(runner.collect(runner.launch(plan, page_table)).token_ids) == len(plan.sampled)
+    assert max(plan.num_tokens for plan, _ in steps) == min(70, 16 * max_num_requests)
+    assert max(len(plan.sampled) for plan, _ in steps) <= max_num_requests
 
 
 def test_the_cache_gets_what_the_largest_steps_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

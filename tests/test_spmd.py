@@ -57,12 +57,15 @@ def assert_equal_logprobs(result: dict[str, Any]) -> None:
             assert values == pytest.approx(expected, rel=0, abs=1e-4)
 
 
-def test_four_chips_give_the_ids_of_the_cpu_for_every_architecture(tmp_path: Path) -> None:
-    """With 2 key heads, or one: neighbours have the same."""
+@pytest.mark.parametrize(("num_chips", "quantization"), [(4, None), (2, "int8")])
+def test_chips_give_the_ids_of_the_cpu_for_every_architecture(
+    num_chips: int, quantization: str | None, tmp_path: Path
+) -> None:
+    """With 2 key heads, or one: neighbours of four have the same."""
     cases: list[tuple[str, dict[str, Any]]] = [
-        (save(tmp_path / name, name, **SHALLOW), {}) for name in ONE_PER_ARCHITECTURE
+        (save(tmp_path / name, name, **SHALLOW), {"quantization": quantization}) for name in ONE_PER_ARCHITECTURE
     ]
-    for name, result in zip(ONE_PER_ARCHITECTURE, run(4, False, cases, XLA_FLAGS=QUICK), strict=True):
+    for name, result in zip(ONE_PER_ARCHITECTURE, run(num_chips, False, cases, XLA_FLAGS=QUICK), strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
@@ -82,6 +85,22 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
     for result in results:
         assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert results[-1]["chips"]["dropped"] > 0
+
+
+def test_eight_chips_divide_blocks_that_are_not_llamas_quantized(tmp_path: Path) -> None:
+    """Attention and mlp side by side, few key heads, caps and windows."""
+    heads = {"num_attention_heads": 8, "num_hidden_layers": 2}
+    sizes: dict[str, dict[str, Any]] = {
+        "falcon-new": heads,
+        "gptj": {"n_head": 8, "n_layer": 2},
+        "gemma": heads,
+        "gemma2": heads | {"sliding_window_pattern": 2},
+    }
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (save(tmp_path / name, name, **changes), {"quantization": "int8"}) for name, changes in sizes.items()
+    ]
+    for name, result in zip(sizes, run(8, False, cases, XLA_FLAGS=QUICK), strict=True):
+        assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
 def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_ids_of_the_cpu(tmp_path: Path) -> None:
@@ -193,12 +212,24 @@ def test_more_chips_than_there_are_and_chips_after_one_are_refused() -> None:
         "        torch.ones(1, device=resolve_device('xla', size)).sum().item()\n"
         "    except DeviceError as error:\n"
         "        print(error)\n"
+        "    from torchinfer import spmd\n"
+        "    if size == 4:\n"
+        "        own, spmd.own_chips = spmd.own_chips, lambda: [0]\n"
+        "        try:\n"
+        "            spmd.start(2)\n"
+        "        except DeviceError as error:\n"
+        "            print(error)\n"
+        "        spmd.own_chips = own\n"
     )
     environment = os.environ | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "2"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
+    of_hosts = (
+        "tensor_parallel_size=2, but of 2 chips this process has 1, and TPU_WORKER_HOSTNAMES names 1 host: it must"
+    )
+    assert lines.pop(1).startswith(of_hosts)
     assert lines[0].startswith("tensor_parallel_size=4, but this process has 2 CPU chips")
     assert "use tensor_parallel_size=2 (CPU_NUM_DEVICES is their number" in lines[0]
     assert lines[1].startswith("tensor_parallel_size=2, but this process has used XLA on one chip")

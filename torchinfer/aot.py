@@ -186,6 +186,11 @@ def _check(topology: str, num_devices: int) -> None:
         raise ConfigError(f"unknown topology {topology!r}; known are {', '.join(TOPOLOGIES)}")
     if not 0 < num_devices <= TOPOLOGIES[topology]:
         raise ConfigError(f"{num_devices} devices were asked for, but {topology} has 1 to {TOPOLOGIES[topology]} chips")
+    check_compiler()
+
+
+def check_compiler() -> None:
+    """Raises DeviceError: libtpu, which holds the compiler, is missing or of another version."""
     if importlib.util.find_spec("libtpu") is None:
         raise DeviceError("libtpu, which holds the TPU compiler, is not installed; pip install 'torchinfer[tpu]'")
     found = importlib.metadata.version("libtpu")
@@ -216,7 +221,7 @@ def _compile(
             )
         except subprocess.TimeoutExpired as error:
             raise DeviceError(
-                f"the compiler for {topology} did not end in {timeout_seconds:.0f} s; allow more, or fewer layers"
+                f"the compiler for {topology} did not end in {timeout_seconds:g} s; allow more"
             ) from error
         if not (folder / "result.json").exists():
             raise DeviceError(f"the compiler for {topology} ended with code {done.returncode}: {done.stderr[-2000:]}")

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Self
 
 from torchinfer.config import EngineConfig
+from torchinfer.device import let_torch_threads_sleep
 from torchinfer.engine_info import EngineStats, ModelInfo, validate
 from torchinfer.engine_loop import from_wire, run, run_process
 from torchinfer.errors import EngineError, OverloadedError, RequestError
@@ -137,6 +138,7 @@ class AsyncEngine:
         process = context.Process(
             target=run_process, args=(other, config, log_level), name="torchinfer-engine", daemon=True
         )
+        let_torch_threads_sleep()
         process.start()
         other.close()
         try:

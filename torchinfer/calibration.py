@@ -23,10 +23,11 @@ from torchinfer.batch import Batch
 from torchinfer.errors import ConfigError
 from torchinfer.kv_cache.tensors import allocate
 from torchinfer.loader.checkpoint import Checkpoint
+from torchinfer.loader.options import LoadOptions
 from torchinfer.loader.placement import expected_tensors
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
-from torchinfer.loader.weights import LoadOptions, load_model
+from torchinfer.loader.weights import load_model
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder

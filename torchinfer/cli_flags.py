@@ -18,10 +18,11 @@ ENGINE = FlagSet(
     {
         "model": "folder of a Hugging Face checkpoint",
         "device": "where to compute; auto: the first of xla, cuda, cpu that is there",
-        "tensor_parallel_size": "XLA: chips that divide the model, all that the process has; its CPU has as many as "
-        "are asked for",
+        "tensor_parallel_size": "TPU chips, all of the slice, or GPUs that divide the model; XLA's CPU has as many "
+        "chips as are asked for, the CPU as many processes",
+        "hosts_port": "TPU slices of several hosts: TCP port of the first one, to which the others connect",
         "expert_parallel": "these chips have some of the experts each, whole, not a part of each",
-        "dtype": "of weights and activations; auto: the checkpoint's",
+        "dtype": "of weights and activations; auto: the checkpoint's, on TPU bfloat16 in place of float16",
         "quantization": f"weights, while they are loaded: {SCHEME_HELP} (default: as they are)",
         "calibration": "text file, for int8_w8a8: the unquantized model is run over its beginning, and what is found "
         "evens out the channels that are rounded to int8",
@@ -38,7 +39,8 @@ ENGINE = FlagSet(
         "moe_capacity_factor": "room of each expert with --moe-mode capacity, 1 is an equal share",
         "cuda_graphs": "CUDA: capture steps in which all requests decode, at the start",
         "compile_cache": "XLA: folder that keeps compiled programs between starts",
-        "load_memory": "host memory for what is on its way from the checkpoint to its place",
+        "load_memory": "host memory for what is on its way from the checkpoint to its place (default: 2GiB, or more "
+        "where the largest tensors need it)",
         "load_readers": "parts of files read at once, at most (default: as many as bring more)",
         "load_direct": "read around the page cache, O_DIRECT (default: where the first reads show a gain)",
         "verify": "compare whole files with their CRC32C: Cloud Storage's, or that of a file CRC32C beside them",

@@ -44,7 +44,8 @@ class EngineConfig:
 
     model: str | Path  # folder of a Hugging Face checkpoint
     device: str = "auto"  # the first of xla, cuda, cpu that is there
-    tensor_parallel_size: int = 1  # XLA: chips that divide the model; all that the process has
+    tensor_parallel_size: int = 1  # TPU chips, all there are; or GPUs, that divide the model
+    hosts_port: int = 8490  # TPU slices of several hosts: TCP port of the first one, for the others
     expert_parallel: bool = False  # these chips have some of the experts each, whole, not a part of each
     dtype: str = "auto"  # the checkpoint's
     quantization: Quantization | None = None  # of the weights, while they are loaded: int8, ...; None: as they are
@@ -61,7 +62,9 @@ class EngineConfig:
     moe_capacity_factor: float = 1.25
     cuda_graphs: bool = True  # CUDA: steps in which all requests decode are captured at the start, in buckets
     compile_cache: str | Path | None = None  # XLA: folder that keeps compiled programs between starts
-    load_memory: Size = 2 << 30  # bytes of host memory for what is on its way from the checkpoint to its place
+    # Bytes of host memory for what is on its way from the checkpoint to its place; None: 2 GiB, or more where the
+    # largest tensors need it.
+    load_memory: Size | None = None
     load_readers: int | None = None  # parts of files read at once, at most; None: as many as bring more
     load_direct: bool | None = None  # read around the page cache (O_DIRECT); None: where the first reads show a gain
     verify: bool = False  # compare the checkpoint's files with their CRC32C while they are loaded
@@ -119,7 +122,7 @@ def _range_problems(c: EngineConfig) -> list[str]:
         value = getattr(c, name)
         if value is not None and value < 1:
             found.append(f"{name}={value} must be at least 1")
-    if c.load_memory < SMALLEST_LOAD_MEMORY:
+    if c.load_memory is not None and c.load_memory < SMALLEST_LOAD_MEMORY:
         found.append(f"load_memory={c.load_memory} must be at least {SMALLEST_LOAD_MEMORY} bytes")
     if c.load_readers is not None and c.load_readers < 1:
         found.append(f"load_readers={c.load_readers} must be at least 1")
@@ -128,6 +131,8 @@ def _range_problems(c: EngineConfig) -> list[str]:
             f"max_num_batched_tokens={c.max_num_batched_tokens} must be at least "
             f"max_num_requests={c.max_num_requests}, so that every running request gets its token"
         )
+    if not 0 < c.hosts_port < 65536:
+        found.append(f"hosts_port={c.hosts_port} must be a TCP port, 1 to 65535")
     if c.page_size is not None and c.page_size & (c.page_size - 1):
         found.append(f"page_size={c.page_size} must be a power of two")
     if c.max_model_len is not None and c.max_model_len < 2:

@@ -92,7 +92,8 @@ class DecodeGraphs:
         for shape in tqdm(shapes, desc="capturing", unit="graph", disable=None if progress else True):
             try:
                 self._graphs[shape] = self._captured(shape, pool, stream)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            # Of torch or of Triton, whose errors have no base in common: none is kept back.
+            except Exception as error:
                 raise DeviceError(
                     f"a step of {shape.num_requests} requests with {shape.table_width} pages each cannot be captured "
                     f"in a CUDA graph: {error}; lower kv_cache_memory if it is for want of memory, or switch graphs "
@@ -110,7 +111,8 @@ class DecodeGraphs:
                 self._forward(packed, shape)
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        # NCCL's own thread asks for the state of events meanwhile, which is no part of this.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             hidden = self._forward(packed, shape)
         return graph, hidden
 

@@ -12,31 +12,34 @@ from pathlib import Path
 import torch
 
 from torchinfer import spmd
-from torchinfer.errors import ConfigError, DeviceError
+from torchinfer.errors import DeviceError
 
 TENSOR_CORES = {"TPU v5 lite": 1, "TPU v5e": 1, "TPU v5": 2, "TPU v5p": 2}  # of a chip that is one device
 DEFAULT_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.9, "xla": 0.9}  # of the free memory, after the weights
 
 
 def resolve_device(name: str, num_chips: int = 1) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `xla`. `auto` is a TPU if there is one, else a GPU, else the CPU.
+    """The device for `auto`, `cpu`, `cuda` or `xla`; on CUDA that of this process, of `num_chips` with one each.
 
     Raises:
-        ConfigError: several chips are asked of a device other than xla.
         DeviceError: when the device is not there, or has not so many chips.
     """
-    if name == "auto":
-        name = "xla" if _has_tpu() else "cuda" if torch.cuda.is_available() else "cpu"
-    if num_chips > 1 and name != "xla":
-        raise ConfigError(
-            f"tensor_parallel_size={num_chips} divides a model among the chips of XLA (TPU), but the device is {name}: "
-            "use tensor_parallel_size=1, or device='xla'"
-        )
+    name = device_type(name)
     if name == "xla":
         return _xla_device(num_chips)
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device='cuda' was asked for, but torch sees no CUDA device; check the driver, or use cpu")
+    if name == "cuda" and torch.cuda.device_count() < num_chips:
+        raise DeviceError(
+            f"tensor_parallel_size={num_chips} needs a CUDA device for each part of the model, but torch sees "
+            f"{torch.cuda.device_count()}: use at most that, or look at CUDA_VISIBLE_DEVICES"
+        )
     return torch.device(name)
+
+
+def device_type(name: str) -> str:
+    """`auto` is xla if there is a TPU, else cuda if there is a GPU, else cpu."""
+    return ("xla" if _has_tpu() else "cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _has_tpu() -> bool:
@@ -101,6 +104,15 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def let_torch_threads_sleep() -> None:
+    """In processes that start from now on torch's threads sleep between two ops, unless the environment says otherwise.
+
+    By default they spin for milliseconds: where torch multiplies what the CPU library has no kernel for, on the cores
+    that the library computes on.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded, which torch does at its import
 
 
 def free_memory_bytes(device: torch.device, used_bytes: int = 0) -> int:

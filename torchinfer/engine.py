@@ -47,7 +47,7 @@ class _Counters:
 
 
 class Engine:
-    """Requests in, events out. `startup.start_engine` makes one from an EngineConfig."""
+    """Requests in, events out. `launch.start_engine` makes one from an EngineConfig."""
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, info: ModelInfo, tokenizer: Tokenizer | None, seed: int = 0
@@ -99,6 +99,9 @@ class Engine:
         """End every open request with an error event; the engine must not be stepped any more."""
         opened = list(self._open.values())
         return list(self._early_events) + [e for o in opened for e in self._end(o, FinishReason.ERROR, message)]
+
+    def close(self) -> None:
+        """Let go of what is beside this process: nothing, unless others compute with it. Never stepped afterwards."""
 
     def step(self) -> list[TokenEvent]:
         """Run one step and return what came of it, in order for each sample."""

@@ -42,7 +42,7 @@ def run_process(connection: Connection, config: EngineConfig, log_level: int) ->
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("torchinfer").setLevel(log_level)
-    from torchinfer.startup import start_engine
+    from torchinfer.launch import start_engine
 
     try:
         engine = start_engine(config)
@@ -70,6 +70,7 @@ def run(engine: Engine, connection: Connection) -> None:
         logger.exception("a step failed; the engine stops")
         connection.send(("failed", f"a step of the engine failed: {type(error).__name__}: {error}"))
     finally:
+        engine.close()
         connection.close()
 
 

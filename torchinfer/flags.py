@@ -118,6 +118,14 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """N,N,..."""
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be whole numbers with commas between, as 8,64,256") from None
+
+
 def _argument(convert: Callable[[str], object], metavar: str, **more: object) -> dict[str, Any]:
     return {"type": convert, "metavar": metavar, **more}
 
@@ -127,7 +135,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "int": _argument(int, "N"),
     "int | None": _argument(int, "N"),
     "Names": _argument(names, "A,B,..."),
-    "Size": _argument(size, "SIZE"),
+    "Size | None": _argument(size, "SIZE"),
+    "Numbers": _argument(numbers, "N,N,..."),
     "float": _argument(float, "X"),
     "float | None": _argument(float, "X"),
     "float | int | None": _argument(memory, "SHARE|SIZE"),
@@ -153,8 +162,6 @@ def _default_text(option: Field[Any]) -> str:
         return ""
     if isinstance(option.default, bool):
         return " (default: on)" if option.default else " (default: off)"
-    if option.type == "Size":
-        return f" (default: {option.default / 2**30:g}GiB)"
     if option.type == "Names":
         return f" (default: {','.join(option.default)})"
     return f" (default: {option.default})"

@@ -49,7 +49,7 @@ class LLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        from torchinfer.startup import start_engine
+        from torchinfer.launch import start_engine
 
         self._engine: Engine | None = start_engine(EngineConfig(model=model, **options))
         self._lock = threading.RLock()
@@ -114,6 +114,7 @@ class LLM:
             engine, self._engine = self._engine, None
             if engine is not None:
                 self._sort(engine.fail("the LLM was closed"))
+                engine.close()
 
     def __enter__(self) -> Self:
         return self

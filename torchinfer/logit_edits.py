@@ -6,7 +6,6 @@ by it, negative ones multiplied. They are few, so they are made here and sent to
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchinfer.sequence import Sequence
+
+Ids = NDArray[np.int32]
+Reals = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +37,12 @@ class LogitEdits:
 def collect_edits(sampled: list[Sequence]) -> LogitEdits | None:
     """The edits of the sequences that sample in this step; row is the index in `sampled`."""
     found = [(row, _edits_of(sequence)) for row, sequence in enumerate(sampled) if sequence.may_have_edits]
-    entries = [(row, token, factor, addend) for row, edits in found for token, (factor, addend) in edits.items()]
-    if not entries:
+    found = [(row, edits) for row, edits in found if len(edits[0])]
+    if not found:
         return None
-    row, token, factor, addend = zip(*entries, strict=True)
-    return LogitEdits(
-        np.array(row, np.int32),
-        np.array(token, np.int32),
-        np.array(factor, np.float32),
-        np.array(addend, np.float32),
-    )
+    rows = [np.full(len(token), row, np.int32) for row, (token, _, _) in found]
+    token, factor, addend = (np.concatenate(arrays) for arrays in zip(*(edits for _, edits in found), strict=True))
+    return LogitEdits(np.concatenate(rows), token, factor.astype(np.float32), addend.astype(np.float32))
 
 
 def pieces(edits: LogitEdits, num_rows: int, num_parts: int, size: int) -> Iterator[LogitEdits]:
@@ -70,22 +68,31 @@ def _piece(edits: LogitEdits, start: int, stop: int, first_row: int, size: int) 
     return LogitEdits(edits.row[at] - np.int32(first_row), edits.token[at], edits.factor[at], edits.addend[at])
 
 
-def _edits_of(sequence: Sequence) -> dict[int, tuple[float, float]]:
+def _edits_of(sequence: Sequence) -> tuple[Ids, Reals, Reals]:
+    """Tokens, each once and ascending, with their factors and addends. Arrays: a prompt has thousands of tokens."""
     params = sequence.params
-    edits: dict[int, tuple[float, float]] = {}
-    if params.repetition_penalty != 1.0:
-        edits = dict.fromkeys(sequence.tokens, (params.repetition_penalty, 0.0))
+    penalized = _distinct(sequence.tokens)[0] if params.repetition_penalty != 1.0 else np.empty(0, np.int32)
+    parts = list(_addends_of(sequence))
+    token, place = np.unique(np.concatenate([penalized, *(part for part, _ in parts)]), return_inverse=True)
+    factor, addend = np.ones(len(token)), np.zeros(len(token))
+    factor[place[: len(penalized)]] = params.repetition_penalty
+    if parts:
+        np.add.at(addend, place[len(penalized) :], np.concatenate([values for _, values in parts]))
+    return token, factor, addend
+
+
+def _addends_of(sequence: Sequence) -> Iterator[tuple[Ids, Reals]]:
+    """Tokens and what is added to their logits; a token may be in several parts."""
+    params = sequence.params
     if params.presence_penalty or params.frequency_penalty:
-        for token, count in Counter(sequence.output_ids).items():
-            _add(edits, token, -params.presence_penalty - params.frequency_penalty * count)
-    for token, bias in params.logit_bias.items():
-        _add(edits, token, bias)
+        token, count = _distinct(sequence.output_ids)
+        yield token, (-params.presence_penalty - params.frequency_penalty * count).astype(np.float64)
+    if params.logit_bias:
+        yield np.array([*params.logit_bias], np.int32), np.array([*params.logit_bias.values()], np.float64)
     if sequence.num_output < params.min_tokens:
-        for token in sequence.stop_ids:
-            _add(edits, token, -np.inf)
-    return edits
+        yield np.array([*sequence.stop_ids], np.int32), np.full(len(sequence.stop_ids), -np.inf)
 
 
-def _add(edits: dict[int, tuple[float, float]], token: int, addend: float) -> None:
-    factor, before = edits.get(token, (1.0, 0.0))
-    edits[token] = (factor, before + addend)
+def _distinct(tokens: list[int]) -> tuple[Ids, NDArray[np.int64]]:
+    """Each token once, and how often it is there."""
+    return np.unique(np.array(tokens, np.int32), return_counts=True)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from torchinfer.errors import DeviceError
+from torchinfer.hosts import find_hosts
 
 _QUESTION = """
 import torch_xla
@@ -35,12 +36,13 @@ STACKED = 0  # the dimension of tensors of which each chip has one of its own, w
 
 
 def start(num_chips: int) -> None:
-    """Let XLA run programs on `num_chips` chips: all that the process sees, with PJRT_DEVICE set before. XLA's CPU has
-    as many as it is asked for when it starts.
+    """Let XLA run programs on `num_chips` chips: all of this process's slice, with PJRT_DEVICE set before. XLA's CPU
+    has as many as it is asked for when it starts, and never those of other processes.
 
     Raises:
-        DeviceError: there are more or fewer, they are of several hosts, or XLA has run programs on one chip in this
-            process.
+        ConfigError: the hosts of the slice are named wrongly, see `find_hosts`.
+        DeviceError: there are more or fewer, some are on hosts without a process that follows, or XLA has run programs
+            on one chip in this process.
     """
     import torch_xla.runtime as runtime
 
@@ -53,11 +55,14 @@ def start(num_chips: int) -> None:
         os.environ.setdefault("CPU_NUM_DEVICES", str(num_chips))
     elif not runtime.is_spmd():
         ask_chip()
-    found = int(runtime.global_runtime_device_count())
-    if len(own_chips()) != found:
+    found, own = int(runtime.global_runtime_device_count()), len(own_chips())
+    hosts = find_hosts()
+    num_hosts = 1 if hosts is None or os.environ["PJRT_DEVICE"] == "CPU" else len(hosts.names)
+    if own * num_hosts != found:
         raise DeviceError(
-            f"tensor_parallel_size={num_chips}, but of {found} chips this process has {len(own_chips())}: an engine is "
-            "one process, on the chips of one host; take a topology of one host, such as v5e 2x4 or v5p 2x2x1"
+            f"tensor_parallel_size={num_chips}, but of {found} chips this process has {own}, and TPU_WORKER_HOSTNAMES "
+            f"names {num_hosts} host{'s' if num_hosts > 1 else ''}: it must name all of them, in all of their pods, or "
+            "take a topology of one host, such as v5e 2x4 (ct5lp-hightpu-8t) or v5p 2x2x1"
         )
     if found != num_chips:
         kind = os.environ["PJRT_DEVICE"]

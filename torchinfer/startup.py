@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ from torchinfer.loader import LoadOptions, load_model
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.divided import load_divided
 from torchinfer.loader.smoothing import Smoothing
+from torchinfer.lockstep import Group, LeadingEngine, facts
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.parallel import DividedModel, local_config, partition_problems, with_expert_parallel
+from torchinfer.ranks import has_ranks, load_ranked
 from torchinfer.runner import EagerRunner, Runner
 from torchinfer.scheduler import Scheduler
 from torchinfer.spmd_matrices import prepare_chips
@@ -56,38 +59,52 @@ from torchinfer.tokenizer_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+OWN_OPTIONS = (
+    "model",
+    "compile_cache",
+    "load_memory",
+    "load_readers",
+    "load_direct",
+    "verify",
+    "progress",
+)  # by process
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def start_engine(config: EngineConfig) -> Engine:
-    """Load the checkpoint, allocate the cache, compile what has to be compiled.
+def build_engine(config: EngineConfig, group: Group | None = None) -> Engine:
+    """Load the checkpoint, allocate the cache, compile what has to be compiled; with a group, as all of it do.
 
-    Raises:
-        CheckpointError, ConfigError, DeviceError: what does not fit, before the memory for it is taken if possible.
+    Raises what `launch.start_engine` raises.
     """
     checkpoint = Checkpoint.open(config.model)
+    if group is not None:
+        group.agree(facts(config, checkpoint))
     model_config = ModelConfig.from_dict(checkpoint.config)
     if config.expert_parallel:
         model_config = with_expert_parallel(model_config)
     max_model_len = _resolve_max_model_len(config, model_config)
     device = _prepare_device(config, model_config)
-    dtype = resolve_dtype(config.dtype, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, checkpoint.config, tensor_cores(device) is not None)
     kv_cache_dtype = resolve_cache_dtype(config.kv_cache_dtype, dtype, device)
     local = local_config(model_config, config.tensor_parallel_size)
     pages = kernel_pages(local, kv_cache_dtype, tensor_cores(device))
     page_size = resolve_page_size(config.page_size, pages)
     tokenizer = load_tokenizer(config.model)
-    model = _load(config, checkpoint, model_config, dtype, device, tokenizer)
+    model, num_parameters = _load(config, checkpoint, model_config, dtype, device, tokenizer)
     kernels.load_ports(device.type)
     bytes_per_page = page_bytes(local, page_size, kv_cache_dtype, pages)
     num_pages, memory = _plan_cache(config, model, page_size, bytes_per_page, kv_cache_dtype, device, max_model_len)
-    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, config.tensor_parallel_size)
+    if group is not None:
+        num_pages = group.least(num_pages)
+    num_chips = config.tensor_parallel_size if isinstance(model, DividedModel) else 1
+    kv_caches = allocate(local, num_pages, page_size, kv_cache_dtype, device, pages, num_chips)
     scheduler = _scheduler(config, model_config, num_pages, page_size, max_model_len)
     runner = _runner(config, model, kv_caches, page_size, device, max_model_len, memory)
     runner.warm_up(config.progress)
     info = ModelInfo(
         name=Path(config.model).resolve().name,
-        **_identity(checkpoint, model_config, model, tokenizer),
+        **_identity(checkpoint, model_config, tokenizer),
+        num_parameters=num_parameters,
         max_model_len=max_model_len,
         dtype=_name(dtype),
         device=device.type,
@@ -96,28 +113,42 @@ def start_engine(config: EngineConfig) -> Engine:
         max_num_requests=config.max_num_requests,
         kv_cache_dtype=_name(kv_cache_dtype),
     )
-    return Engine(scheduler, runner, info, tokenizer, config.seed)
+    if group is None:
+        return Engine(scheduler, runner, info, tokenizer, config.seed)
+    group.least(0)  # all are warm
+    kind = partial(LeadingEngine, group) if group.leads else Engine
+    return kind(scheduler, runner, info, tokenizer, config.seed)
 
 
-def _identity(
-    checkpoint: Checkpoint, config: ModelConfig, model: Decoder | DividedModel, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What `ModelInfo` says of a checkpoint, whatever the engine is."""
     return {
         "architecture": config.architecture,
-        "num_parameters": model.num_parameters if isinstance(model, DividedModel) else model.num_parameters(),
         "vocab_size": config.vocab_size,
         "eos_token_ids": tuple(_eos_token_ids(checkpoint, tokenizer)),
         "has_tokenizer": tokenizer is not None,
     }
 
 
-def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
-    """The device, with what must be said to it before its first use."""
+def check_division(config: EngineConfig) -> None:
+    """Before processes are started for it: whether the model can be divided, and there are devices for all parts.
+
+    Raises:
+        ConfigError, CheckpointError, DeviceError: if not.
+    """
+    _resolve_device(config, ModelConfig.from_dict(Checkpoint.open(config.model).config))
+
+
+def _resolve_device(config: EngineConfig, model: ModelConfig) -> torch.device:
     num_chips = config.tensor_parallel_size
     problems = partition_problems(model, num_chips)
     raise_all(problems, ConfigError, f"tensor_parallel_size={num_chips} does not fit the model, use another")
-    device = resolve_device(config.device, num_chips)
+    return resolve_device(config.device, num_chips)
+
+
+def _prepare_device(config: EngineConfig, model: ModelConfig) -> torch.device:
+    """The device, with what must be said to it before its first use."""
+    device = _resolve_device(config, model)
     if device.type == "cpu":
         bound_cpu_caches()
     if device.type == "xla" and config.compile_cache is not None:
@@ -134,7 +165,8 @@ def _load(
     dtype: torch.dtype,
     device: torch.device,
     tokenizer: Tokenizer | None,
-) -> Decoder | DividedModel:
+) -> tuple[Decoder | DividedModel, int]:
+    """The model, or this process's part of it, and how many parameters the whole one has."""
     options = LoadOptions(config.load_memory, config.load_readers, config.load_direct, config.verify)
     common: dict[str, Any] = {
         "options": options,
@@ -144,16 +176,20 @@ def _load(
         "progress": config.progress,
     }
     num_cores = tensor_cores(device)
+    if has_ranks(config):
+        part, num_parameters = load_ranked(checkpoint, model_config, dtype, device, **common)
+        part.prepare(fuses=False)
+        return part, num_parameters
     if config.tensor_parallel_size > 1:
         divided = load_divided(checkpoint, model_config, dtype, device, config.tensor_parallel_size, **common)
         if num_cores is not None:
             prepare_chips(divided, num_cores, lambda: flush(device))
-        return divided
+        return divided, divided.num_parameters
     smoothing = _smoothing(config, checkpoint, model_config, tokenizer, device, options)
     model = load_model(checkpoint, model_config, dtype, device, smoothing=smoothing, **common)
     # A layer at a time: only one is there twice.
     model.prepare(num_cores, None if num_cores is None else lambda layer: flush(device))
-    return model
+    return model, model.num_parameters()
 
 
 def _smoothing(
@@ -225,6 +261,8 @@ def _plan_cache(
         memory = _measure_memory(config, model, page_size, kv_cache_dtype, device, max_model_len)
     used = model.share_bytes if isinstance(model, DividedModel) else 0
     free = free_memory_bytes(device, used) if memory is None else memory.free
+    if device.type == "cpu":
+        free //= config.tensor_parallel_size  # processes of one machine
     num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
     size, name = num_pages * bytes_per_page, _name(kv_cache_dtype)
     logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, page_size, name, size / MIB)
@@ -286,11 +324,23 @@ def _resolve_max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return length
 
 
-def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: str, raw: Mapping[str, Any], is_tpu: bool = False) -> torch.dtype:
+    """Of weights and activations; `auto`: that of a checkpoint with config.json `raw`, but bfloat16 for a TPU in place
+    of float16, which neither its units nor its kernels have.
+
+    Raises:
+        CheckpointError, ConfigError: it is none that the device has.
+    """
+    given = name
     if name == "auto":
         name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise CheckpointError(f"config.json has dtype {name!r}; give dtype as one of {', '.join(DTYPES)}")
+    if is_tpu and name == "float16":
+        if given != "auto":
+            raise ConfigError("dtype='float16': a TPU has bfloat16 in its place; use dtype='bfloat16'")
+        logger.info("the checkpoint's float16 becomes bfloat16, which a TPU has in its place")
+        name = "bfloat16"
     return DTYPES[name]
 
 

@@ -61,21 +61,21 @@ def largest_steps(max_num_tokens: int, max_num_requests: int, table_width: int, 
     decodes = [_sequence(1, row) for row in range(max_num_requests)]
     decodes[0].num_computed = longest
     plan = Plan(decodes, [-1] * max_num_requests, [], max_num_requests, longest, decodes, all_greedy=False)
-    return _chunk_step(max_num_tokens, table_width, page_size), (
-        plan,
-        np.zeros((max_num_requests, table_width), np.int32),
-    )
+    chunks = _chunk_step(max_num_tokens, max_num_requests, table_width, page_size)
+    return chunks, (plan, np.zeros((max_num_requests, table_width), np.int32))
 
 
 def warm_up_steps(max_num_tokens: int, max_num_requests: int, table_width: int, page_size: int) -> Iterator[Step]:
     """Steps after which every kernel has been compiled that a step can need: the largest first."""
     yield from largest_steps(max_num_tokens, max_num_requests, table_width, page_size)
     for num_tokens in buckets(LEAST_TOKENS, max_num_tokens)[:-1]:
-        yield _chunk_step(num_tokens, table_width, page_size)
+        yield _chunk_step(num_tokens, max_num_requests, table_width, page_size)
 
 
-def _chunk_step(num_tokens: int, table_width: int, page_size: int) -> Step:
+def _chunk_step(num_tokens: int, max_num_requests: int, table_width: int, page_size: int) -> Step:
+    """Prompts as long as they can be; fewer tokens where so many requests do not have them."""
     longest = table_width * page_size
+    num_tokens = min(num_tokens, max_num_requests * longest)
     sizes = [longest] * (num_tokens // longest) + [num_tokens % longest]
     chunks = [Chunk(_sequence(size, row), 0, size, True) for row, size in enumerate(sizes) if size]
     sampled = [chunk.sequence for chunk in chunks]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint tensor goes. `transform` reorders it; it must keep the shape."""
+    """Where a checkpoint tensor goes. `transform` reorders it, into one new tensor of the same shape."""
 
     parameter: str
     slot: str | None = None

@@ -57,16 +57,42 @@ class MlpLayerStruct(ctypes.Structure):
 
 
 def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
-    """See the door."""
+    """See the door.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
     vectors = (parts.query_norm, parts.key_norm, parts.output_norm)
-    can = _can_fuse(parts.norm, (parts.qkv, parts.output), vectors) and parts.head_dim <= MOST_HEAD_SIZE
-    return FusedAttention(parts) if can else None
+    if not _can_fuse(parts.norm, (parts.qkv, parts.output), vectors) or parts.head_dim > MOST_HEAD_SIZE:
+        return None
+    heads, kv_heads, size = parts.num_heads, parts.num_kv_heads, parts.head_dim
+    rule = (
+        f"{heads} heads of {size} numbers are a multiple of {kv_heads} KV heads, a window is at least 1, a cap above 0"
+    )
+    is_fit = heads > 0 and kv_heads > 0 and heads % kv_heads == 0 and size > 0
+    require(is_fit and (parts.window is None or parts.window > 0), rule)
+    require(parts.soft_cap is None or parts.soft_cap > 0, rule)
+    hidden_size = parts.qkv.weight.shape[-1]
+    _require_projection("qkv", parts.qkv, (heads + 2 * kv_heads) * size, hidden_size)
+    _require_projection("output", parts.output, hidden_size, heads * size)
+    _require_vectors(hidden_size, {"norm": parts.norm, "output_norm": parts.output_norm})
+    _require_vectors(size, {"query_norm": parts.query_norm, "key_norm": parts.key_norm})
+    return FusedAttention(parts)
 
 
 def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
-    """See the door."""
-    can = _can_fuse(parts.norm, (parts.gate_up, parts.down), (parts.output_norm,))
-    return FusedMLP(parts) if can else None
+    """See the door.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+    if not _can_fuse(parts.norm, (parts.gate_up, parts.down), (parts.output_norm,)):
+        return None
+    hidden_size, inner_size = parts.gate_up.weight.shape[-1], parts.down.weight.shape[-1]
+    _require_projection("gate_up", parts.gate_up, 2 * inner_size, hidden_size)
+    _require_projection("down", parts.down, hidden_size, inner_size)
+    _require_vectors(hidden_size, {"norm": parts.norm, "output_norm": parts.output_norm})
+    return FusedMLP(parts)
 
 
 def _can_fuse(norm: Tensor, projections: tuple[Projection, ...], vectors: tuple[Tensor | None, ...]) -> bool:
@@ -78,12 +104,24 @@ def _can_fuse(norm: Tensor, projections: tuple[Projection, ...], vectors: tuple[
     return norm.dtype in DTYPES and are_alike and are_packed
 
 
+def _require_projection(name: str, projection: Projection, num_outputs: int, num_inputs: int) -> None:
+    found = projection.weight.shape
+    require(found == (num_outputs, num_inputs), f"{name} is [{num_outputs}, {num_inputs}], not {list(found)}")
+    _require_vectors(num_outputs, {f"the bias of {name}": projection.bias})
+
+
+def _require_vectors(size: int, vectors: dict[str, Tensor | None]) -> None:
+    for name, vector in vectors.items():
+        if vector is not None:
+            require(vector.shape == (size,) and vector.is_cpu, f"{name} is [{size}]", vector)
+
+
 class FusedAttention:
     """AttentionParts; holds what its structure points to."""
 
     def __init__(self, parts: AttentionParts) -> None:
         self._parts = parts
-        self._dtype, self._hidden_size = parts.norm.dtype, len(parts.norm)
+        self._dtype, self._hidden_size = parts.norm.dtype, parts.qkv.weight.shape[1]
         self._template = AttentionLayerStruct(
             **_projection("qkv", parts.qkv),
             **_projection("output", parts.output),
@@ -116,7 +154,8 @@ class FusedAttention:
         _require_x(x, self._dtype, self._hidden_size, step.tokens)
         cos, sin = rope
         is_fit = cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
-        is_fit = is_fit and cos.shape == sin.shape and len(cos) == step.tokens and cos.is_cpu and sin.is_cpu
+        is_fit = is_fit and cos.ndim == 2 and cos.shape == sin.shape and len(cos) == step.tokens
+        is_fit = is_fit and cos.is_cpu and sin.is_cpu
         require(is_fit, "cos and sin are contiguous float32 [T, F]", cos, sin)
         result = torch.empty_like(x)
         task = AttentionLayerStruct.from_buffer_copy(template)
@@ -145,7 +184,7 @@ class FusedMLP:
 
     def __init__(self, parts: MLPParts) -> None:
         self._parts = parts
-        self._dtype, self._hidden_size = parts.norm.dtype, len(parts.norm)
+        self._dtype, self._hidden_size = parts.norm.dtype, parts.gate_up.weight.shape[1]
         self._template = MlpLayerStruct(
             **_projection("gate_up", parts.gate_up),
             **_projection("down", parts.down),

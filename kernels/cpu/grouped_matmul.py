@@ -25,9 +25,11 @@ def grouped_matmul(
     if not isinstance(weight, PackedWeight):
         return reference(x, weight, group_sizes)
     sizes = group_sizes.to(torch.int32).contiguous()
+    rule = f"grouped_matmul takes x [N, I] and {weight.shape[0]} sizes with a sum of at most N"
+    is_fit = len(weight.shape) == 3 and x.ndim == 2 and sizes.shape == weight.shape[:1] and sizes.is_cpu
+    require(is_fit, rule, x, sizes)
     num_rows = int(sizes.sum())
-    is_fit = len(weight.shape) == 3 and x.ndim == 2 and sizes.shape == weight.shape[:1] and num_rows <= len(x)
-    require(is_fit, f"grouped_matmul takes x [N, I] and {weight.shape[0]} sizes with a sum of at most N", x, sizes)
+    require(0 <= num_rows <= len(x), rule, x, sizes)
     result = x.new_empty(x.shape[0], weight.shape[1])
     multiply(x[:num_rows], weight, result[:num_rows], None, sizes)
     result[num_rows:] = 0

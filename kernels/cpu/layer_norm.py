@@ -16,7 +16,7 @@ def layer_norm(
     """See the door."""
     if x.dtype not in DTYPES or weight.dtype != x.dtype or bias.dtype != x.dtype or not x.numel():
         return reference(x, weight, bias, epsilon)
-    is_fit = weight.shape == bias.shape == x.shape[-1:] and weight.is_cpu and bias.is_cpu
+    is_fit = weight.shape == bias.shape == x.shape[-1:] and weight.is_cpu and bias.is_cpu and x.is_cpu
     require(is_fit, "layer_norm takes x [..., D], weight and bias [D]", x, weight, bias)
     rows = with_dense_rows(x.reshape(-1, x.shape[-1]))
     weight, bias = weight.contiguous(), bias.contiguous()

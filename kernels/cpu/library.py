@@ -15,11 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchinfer.kernels.cpu.cpus import usable_cpus
+
 logger = logging.getLogger(__name__)
 
 LIBRARY_VARIABLE = "TORCHINFER_CPU_LIBRARY"  # scripts/sanitize has one of its own
 PATH = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("libtorchinfer_cpu.so"))
 ISA_VARIABLE = "TORCHINFER_CPU_ISA"
+PINNED_VARIABLE = "TORCHINFER_CPU_PINNED"
+MOST_THREADS = 1024  # api.cpp takes no more
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in src/types.h
 CACHE_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}  # CacheDtype
 STATUS = {1: "a tensor is not aligned to its elements", 2: "a shape, dtype or size does not fit", 3: "no memory"}
@@ -29,6 +33,7 @@ _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int
 PROTOTYPES: dict[str, tuple[type, ...]] = {
     "choose_level": (ctypes.c_char_p,),
     "num_threads": (),
+    "wanted_threads": (),
     "configure": (_INT32, _INT32),
     "pack": (_POINTER, _POINTER, _POINTER),
     "linear": (_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _INT32),
@@ -52,7 +57,8 @@ def open_library() -> ctypes.CDLL | None:
     """The library at the level that the environment names, or the best one; None if there is none, which is logged.
 
     Raises:
-        ValueError: the machine does not have the level that TORCHINFER_CPU_ISA names.
+        ValueError: the machine does not have the level that TORCHINFER_CPU_ISA names, or TORCHINFER_CPU_PINNED is
+            neither 0 nor 1.
     """
     try:
         library = ctypes.CDLL(str(PATH))
@@ -68,6 +74,7 @@ def open_library() -> ctypes.CDLL | None:
     for name in ("level", "levels"):
         getattr(library, f"torchinfer_cpu_{name}").restype = ctypes.c_char_p
     choose_level(library, os.environ.get(ISA_VARIABLE, ""))
+    _start_threads(library, 0, None)
     threads = library.torchinfer_cpu_num_threads()
     logger.info("CPU kernels: %s, %d threads", library.torchinfer_cpu_level().decode(), threads)
     return library
@@ -89,9 +96,33 @@ def choose_level(library: ctypes.CDLL, name: str) -> None:
         raise ValueError(f"{ISA_VARIABLE}={name!r}, but this machine has {', '.join(levels(library))}: use one of them")
 
 
-def configure(num_threads: int = 0, is_pinned: bool = False) -> None:
-    """Set the threads, 0: as many as the process has CPUs; pinned: each to one of them. Not while it computes."""
-    check(loaded().torchinfer_cpu_configure(num_threads, is_pinned))
+def configure(num_threads: int = 0, is_pinned: bool | None = None) -> None:
+    """Set the threads, the caller among them; 0: as many as `usable_cpus`. Not while it computes.
+
+    Pinned: each to one of the CPUs that the process may use, but for the caller, to which the first one is left: all
+    that it starts later would be bound to that CPU with it. None: as TORCHINFER_CPU_PINNED says. Forked processes do
+    the same. Where the system does not let all threads start, those that it does compute, and one line says so.
+
+    Raises:
+        ValueError: more than 1024 threads, or TORCHINFER_CPU_PINNED is neither 0 nor 1.
+    """
+    _start_threads(loaded(), num_threads, is_pinned)
+
+
+def _start_threads(library: ctypes.CDLL, num_threads: int, is_pinned: bool | None) -> None:
+    is_pinned = _is_pinned() if is_pinned is None else is_pinned
+    check(library.torchinfer_cpu_configure(num_threads or min(usable_cpus(), MOST_THREADS), is_pinned))
+    started, wanted = library.torchinfer_cpu_num_threads(), library.torchinfer_cpu_wanted_threads()
+    if started < wanted:
+        rule = "raise its limit of threads (ulimit -u, TasksMax of the service, pids of the container)"
+        logger.warning("CPU kernels: the system let %d of %d threads start: %s", started, wanted, rule)
+
+
+def _is_pinned() -> bool:
+    value = os.environ.get(PINNED_VARIABLE) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{PINNED_VARIABLE}={value!r} is neither 0 nor 1")
+    return value == "1"
 
 
 def loaded() -> ctypes.CDLL:
@@ -114,8 +145,11 @@ def require(is_fit: bool, rule: str, *tensors: Tensor) -> None:
         ValueError: with the rule, the shapes and dtypes.
     """
     if not is_fit:
-        found = ", ".join(f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())}" for tensor in tensors)
-        raise ValueError(f"{rule}; got {found}")
+        found = ", ".join(
+            f"{tensor.dtype} {list(tensor.shape)} strides {list(tensor.stride())} on {tensor.device}"
+            for tensor in tensors
+        )
+        raise ValueError(f"{rule}; got {found}" if tensors else rule)
 
 
 def with_dense_rows(x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ def multiply(x: Tensor, weight: PackedWeight, result: Tensor, bias: Tensor | Non
     require(is_fit, f"the matrix {list(weight.shape)} takes inputs of {weight.shape[-1]} numbers", x)
     if bias is not None:
         bias = bias.contiguous()
-        require(bias.shape == weight.shape[-2:-1] and bias.dtype == x.dtype, "bias is [O] and of x's dtype", bias, x)
+        is_fit = bias.shape == weight.shape[-2:-1] and bias.dtype == x.dtype and bias.is_cpu
+        require(is_fit, "bias is [O] and of x's dtype", bias, x)
     pointers = x.data_ptr(), result.data_ptr(), bias.data_ptr() if bias is not None else None
     group_sizes = None if sizes is None else sizes.data_ptr()
     struct = ctypes.addressof(weight.struct)

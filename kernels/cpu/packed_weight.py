@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchinfer.kernels.cpu.library import check, loaded
+from torchinfer.kernels.cpu.library import check, loaded, require
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
@@ -23,6 +23,7 @@ ALIGNMENT = 64  # bytes, of a block
 MOST_INPUTS = 65536  # kMostInputs
 GROUP_MULTIPLE = 16
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float8_e4m3fn: 4}
+PLAIN = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {"none": 0, "int8": 1, "fp8": 2}
 
 
@@ -69,18 +70,24 @@ class PackedWeight:
 def can_prepare(weight: Tensor | QuantizedWeight) -> bool:
     """Whether the library has a kernel for the matrix; float16 has none, nor do groups in another order."""
     if isinstance(weight, Tensor):
-        is_known, columns, group = weight.dtype in (torch.float32, torch.bfloat16), weight.shape[-1], weight.shape[-1]
+        values, columns, group = weight, weight.shape[-1], weight.shape[-1]
+        is_known = weight.dtype in PLAIN
     else:
-        values = weight.values
-        columns = values.shape[-1] * (2 if values.dtype == torch.uint8 else 1)
+        values, columns = weight.values, _num_columns(weight)
         group = min(weight.column_block, columns)
-        is_known = values.dtype in FORMATS and weight.group_index is None and weight.activations in ACTIVATIONS
+        is_known = values.dtype in FORMATS and values.dtype not in PLAIN
+        is_known &= weight.group_index is None and weight.activations in ACTIVATIONS
         is_known &= weight.zero is None or values.dtype == torch.uint8
         is_known &= weight.input_scale is None or (weight.input_scale.shape[-1] == 1 and values.ndim == 2)
         # With a scale that was given beforehand, an input may become -128, which the library does not have.
         is_known &= weight.input_scale is None or weight.activations != "int8"
         is_known &= weight.activations == "none" or _is_rounded_alike(weight)
-    return is_known and 0 < columns <= MOST_INPUTS and (group >= columns or group % GROUP_MULTIPLE == 0)
+    is_known &= values.ndim in (2, 3) and values.numel() > 0
+    return is_known and columns <= MOST_INPUTS and (group >= columns or group % GROUP_MULTIPLE == 0)
+
+
+def _num_columns(weight: QuantizedWeight) -> int:
+    return weight.values.shape[-1] * (2 if weight.values.dtype == torch.uint8 else 1)
 
 
 def _is_rounded_alike(weight: QuantizedWeight) -> bool:
@@ -91,14 +98,21 @@ def _is_rounded_alike(weight: QuantizedWeight) -> bool:
 
 
 def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PackedWeight | None:
-    """See the door."""
+    """See the door.
+
+    Raises:
+        ValueError: the matrix, its scales or zeros are not of the shapes and dtypes of `QuantizedWeight`, or not on the
+            CPU.
+    """
     if not can_prepare(weight):
         return None
     if isinstance(weight, Tensor):
+        require(weight.is_cpu, "a matrix is in the CPU's memory", weight)
         struct = _struct(weight, weight.shape[-1], weight.shape[-1])
         values = _pack(struct, weight, may_overwrite)
         return _packed(weight.shape, weight.dtype, values, None, None, None, struct)
-    columns = weight.values.shape[-1] * (2 if weight.values.dtype == torch.uint8 else 1)
+    _require_tables(weight)
+    columns = _num_columns(weight)
     struct = _struct(weight.values, columns, min(weight.column_block, columns), ACTIVATIONS[weight.activations])
     values = _pack(struct, weight.values, may_overwrite)
     num_rows = weight.values.shape[-2]
@@ -106,6 +120,24 @@ def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> Pa
     zero = None if weight.zero is None else _by_block(weight.zero)
     shape = (*weight.values.shape[:-1], columns)
     return _packed(shape, None, values, scale, zero, weight.input_scale, struct)
+
+
+def _require_tables(weight: QuantizedWeight) -> None:
+    """Refuse tables of which the library would read another part than it should."""
+    values, scale, zero, input_scale = weight.values, weight.scale, weight.zero, weight.input_scale
+    require(weight.row_block > 0 and weight.column_block > 0, "a block has rows and columns", values)
+    num_groups = -(-_num_columns(weight) // weight.column_block)
+    *experts, num_rows, _ = values.shape
+    shape = (*experts, -(-num_rows // weight.row_block), num_groups)
+    is_fit = values.is_cpu and scale.is_cpu and scale.dtype == torch.float32 and scale.shape == shape
+    require(is_fit, f"scales are float32 {list(shape)}", scale, values)
+    if zero is not None:
+        shape = (*experts, num_rows, num_groups)
+        is_fit = zero.is_cpu and zero.dtype == torch.uint8 and zero.shape == shape
+        require(is_fit, f"zeros are uint8 {list(shape)}", zero, values)
+    if input_scale is not None:
+        is_fit = input_scale.is_cpu and input_scale.dtype == torch.float32 and input_scale.shape == (1,)
+        require(is_fit, "the scale of inputs is float32 [1]", input_scale, values)
 
 
 def _struct(values: Tensor, columns: int, group: int, activations: int = 0) -> PackedStruct:

@@ -44,7 +44,8 @@ def quantize_matrix(
     width = num_columns // 2 if values.dtype == torch.uint8 else num_columns
     scale_shape = (-(-num_rows // row_block), -(-num_columns // column_block))
     is_fit = values.shape == (num_rows, width) and scale.shape == scale_shape and scale.dtype == torch.float32
-    is_fit = is_fit and values.is_contiguous() and scale.is_contiguous() and weight.is_cpu and values.is_cpu
+    is_fit = is_fit and values.is_contiguous() and scale.is_contiguous()
+    is_fit = is_fit and weight.is_cpu and values.is_cpu and scale.is_cpu
     require(is_fit, f"values are [{num_rows}, {width}], scales float32 {list(scale_shape)}, contiguous", values, scale)
     task = QuantizeStruct(
         weight.data_ptr(),
@@ -52,7 +53,7 @@ def quantize_matrix(
         scale.data_ptr(),
         num_rows,
         num_columns,
-        weight.stride(0),
+        weight.stride(0) if num_rows > 1 else num_columns,  # torch leaves that of a single row open
         row_block,
         column_block,
         DTYPES[weight.dtype],

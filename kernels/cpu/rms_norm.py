@@ -18,7 +18,8 @@ def rms_norm(
         return reference(x, weight, epsilon, offset)
     rows = with_dense_rows(x.reshape(-1, x.shape[-1]))
     weight = weight.contiguous()
-    require(weight.shape == x.shape[-1:] and weight.is_cpu, "rms_norm takes x [..., D] and weight [D]", x, weight)
+    is_fit = weight.shape == x.shape[-1:] and weight.is_cpu and x.is_cpu
+    require(is_fit, "rms_norm takes x [..., D] and weight [D]", x, weight)
     result = torch.empty(x.shape, dtype=x.dtype)
     pointers = rows.data_ptr(), weight.data_ptr(), result.data_ptr()
     sizes = *rows.shape, rows.stride(0)

@@ -18,8 +18,9 @@ def rotary_embedding(
         return reference(x, cos, sin, is_interleaved)
     x, cos, sin = with_dense_rows(x), cos.contiguous(), sin.contiguous()
     is_fit = x.ndim == 3 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) == len(x)
-    is_fit = is_fit and 2 * cos.shape[1] <= x.shape[2] and cos.dtype == sin.dtype == torch.float32 and cos.is_cpu
-    require(is_fit and sin.is_cpu, "rotary_embedding takes x [T, heads, D], cos and sin float32 [T, F]", x, cos, sin)
+    is_fit = is_fit and 2 * cos.shape[1] <= x.shape[2] and cos.dtype == sin.dtype == torch.float32
+    is_fit = is_fit and x.is_cpu and cos.is_cpu and sin.is_cpu
+    require(is_fit, "rotary_embedding takes x [T, heads, D], cos and sin float32 [T, F]", x, cos, sin)
     result = torch.empty(x.shape, dtype=x.dtype)
     pointers = x.data_ptr(), result.data_ptr(), cos.data_ptr(), sin.data_ptr()
     sizes = *x.shape, cos.shape[1], x.stride(0)

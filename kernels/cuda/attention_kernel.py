@@ -313,9 +313,11 @@ def chunk_kernel(
     """A program attends for BLOCK_TOKENS tokens of a row times BLOCK_HEADS heads. Rows of one token are passed over."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCKS: tl.constexpr = (GROUP + BLOCK_HEADS - 1) // BLOCK_HEADS
-    kv_head = tl.program_id(0) // BLOCKS
+    # One dimension of the grid, since only the first may have more than 65,535 programs.
+    in_block = tl.program_id(0) % (KV_HEADS * BLOCKS)
+    kv_head = in_block // BLOCKS
     # The last blocks of a chunk see the most keys: they begin first.
-    block = tl.num_programs(1) - 1 - tl.program_id(1)
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // (KV_HEADS * BLOCKS)
     row = row_of(block, query_start, num_rows, BLOCK_TOKENS)
     start_token = tl.load(query_start + row)
     num_tokens = tl.load(query_start + row + 1) - start_token
@@ -324,7 +326,7 @@ def chunk_kernel(
     if (num_tokens <= 1) | (first_token >= num_tokens) | (length <= 0):
         return
     index = tl.arange(0, BLOCK_ROWS)
-    token, in_group = first_token + index // BLOCK_HEADS, tl.program_id(0) % BLOCKS * BLOCK_HEADS + index % BLOCK_HEADS
+    token, in_group = first_token + index // BLOCK_HEADS, in_block % BLOCKS * BLOCK_HEADS + index % BLOCK_HEADS
     is_row = (index < BLOCK_TOKENS * BLOCK_HEADS) & (token < num_tokens) & (in_group < GROUP)
     head = kv_head * GROUP + in_group
     column = tl.arange(0, BLOCK_SIZE)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from torchinfer.kernels.cuda.grouped_matmul import can_group, multiply_groups
+from torchinfer.kernels.cuda.matrix import Matrix
 from torchinfer.kernels.reference.grouped_gated_matmul import grouped_gated_matmul as reference
 
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 
 def grouped_gated_matmul(
     x: Tensor,  # [N, I], rows sorted by group
-    weight: Tensor | QuantizedWeight,  # [E, 2 * F, I]
+    weight: Tensor | QuantizedWeight | Matrix,  # [E, 2 * F, I]
     group_sizes: Tensor,  # [E] int32
     activation: str,
 ) -> Tensor:  # [N, F]
     """See the door."""
-    if not can_group(x, weight):
+    if not isinstance(weight, Matrix) and not can_group(x, weight):
         return reference(x, weight, group_sizes, activation)
     return multiply_groups(x, weight, group_sizes, activation)

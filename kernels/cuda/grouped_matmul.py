@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, with_dense_columns
-from torchinfer.kernels.cuda.matmul import Matrix, as_matrix, is_supported, multiply
+from torchinfer.kernels.cuda.matmul import multiply
+from torchinfer.kernels.cuda.matrix import Matrix, as_matrix, is_supported
 from torchinfer.kernels.reference.grouped_matmul import grouped_matmul as reference
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 def grouped_matmul(
     x: Tensor,  # [N, I], rows sorted by group
-    weight: Tensor | QuantizedWeight,  # [E, O, I]
+    weight: Tensor | QuantizedWeight | Matrix,  # [E, O, I]
     group_sizes: Tensor,  # [E] int32
 ) -> Tensor:
     """See the door. With scales of inputs that differ between merged parts, the reference computes."""
-    if not can_group(x, weight):
+    if not isinstance(weight, Matrix) and not can_group(x, weight):
         return reference(x, weight, group_sizes)
     return multiply_groups(x, weight, group_sizes, "none")
 
@@ -35,7 +36,7 @@ def can_group(x: Tensor, weight: Tensor | QuantizedWeight) -> bool:
 
 def multiply_groups(
     x: Tensor,  # [N, I]
-    weight: Tensor | QuantizedWeight,  # [E, O, I]
+    weight: Tensor | QuantizedWeight | Matrix,  # [E, O, I]
     group_sizes: Tensor,  # [E]
     activation: str,
 ) -> Tensor:  # [N, O], or with an activation [N, O / 2]

@@ -2,7 +2,8 @@
 
 In Triton 3.5 and 3.6 it cuts off where a card rounds to bfloat16, computes with the bits of bfloat16 in place of its
 numbers, makes loops' bounds of arrays, which numpy does not take from 2.4 on, and has no PTX: of that it gets what the
-kernels use, one instruction at a time on blocks of 32 bits.
+kernels use, one instruction at a time on blocks of 32 bits. It multiplies tiles of any size and dtypes: as the compiler
+for a card does, it now refuses those that are too narrow for the matrix unit, and grids that a card does not have.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+MOST_PROGRAMS = 65535  # in the second and third dimension of a grid
 TORCH_DTYPES = {tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}  # which numpy does not have
 
 
@@ -24,6 +26,8 @@ def repair() -> None:
     interpreter.InterpreterBuilder.create_dot = _dot
     interpreter.InterpreterBuilder.binary_op = _binary
     interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
+    interpreter.InterpreterBuilder.set_grid_dim = _set_grid
+    interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _least_dot
     interpreter._patch_lang_tensor = _patch_tensor
 
 
@@ -35,6 +39,19 @@ def _cast(self: Any, source: Any, dtype: Any, rounding: Any = None) -> Any:
         bits = encoded.view(torch.uint8 if kind == tl.float8e4nv else torch.int16).numpy()
         return interpreter.TensorHandle(bits.view(interpreter._get_np_dtype(kind)), kind)
     return interpreter.TensorHandle(numbers.astype(interpreter._get_np_dtype(kind)), kind)
+
+
+def _set_grid(self: Any, *sizes: int) -> None:
+    """Of a launch, within a card's limits."""
+    assert sizes[0] < 2**31 and max(sizes[1:]) <= MOST_PROGRAMS, f"a card has no grid {sizes}"
+    self.grid_dim = sizes
+
+
+def _least_dot(left: Any, right: Any) -> tuple[int, int, int]:
+    """Rows, columns and inputs that a product of tiles has at least, as Triton's compiler for NVIDIA has it."""
+    bits = left.scalar.primitive_bitwidth
+    assert bits == right.scalar.primitive_bitwidth, f"a product of {left} and {right}: both must have as many bits"
+    return (1, 1, 32 if bits == 8 else 16)
 
 
 def _dot(self: Any, a: Any, b: Any, sum: Any, precision: Any, most_imprecise: Any) -> Any:
@@ -54,7 +71,9 @@ def _inline_asm(self: Any, ptx: str, _constraints: str, blocks: Any, _types: Any
     opcode, _, rest = ptx.rstrip(";").partition(" ")
     operands = [one.strip() for one in rest.split(",")][1:]
     words = [blocks[int(one[1:]) - 1].data if one[0] == "$" else numpy.uint32(int(one, 16)) for one in operands]
-    return _Results([interpreter.TensorHandle(PTX[opcode](*words), tl.uint32)])
+    with numpy.errstate(all="ignore"):  # a card warns of nothing
+        result = PTX[opcode](*words)
+    return _Results([interpreter.TensorHandle(result, tl.float32 if result.dtype == numpy.float32 else tl.uint32)])
 
 
 class _Results(list[Any]):
@@ -82,7 +101,12 @@ def _fma(dtype: torch.dtype) -> Any:
     return of_words
 
 
-PTX = {"lop3.b32": _lop3, "fma.rn.bf16x2": _fma(torch.bfloat16), "fma.rn.f16x2": _fma(torch.float16)}
+PTX = {
+    "lop3.b32": _lop3,
+    "div.rn.f32": numpy.divide,
+    "fma.rn.bf16x2": _fma(torch.bfloat16),
+    "fma.rn.f16x2": _fma(torch.float16),
+}
 
 
 def _as(kind: Any, result: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from torchinfer.kernels.cuda.gated_activation import gated, gated_activation
 from torchinfer.kernels.cuda.launch import with_dense_columns
-from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.matmul import multiply_rows
+from torchinfer.kernels.cuda.matrix import Matrix, as_matrix, is_supported
 from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 
@@ -24,7 +25,7 @@ MOST = 32768  # numbers of a row that a program holds in registers
 def linear_of_gated(
     gate_up: Tensor,  # [N, 2 * F]
     activation: str,
-    weight: QuantizedWeight,  # [O, F]
+    weight: QuantizedWeight | Matrix,  # [O, F]
 ) -> Tensor:  # [N, O]
     """See the door: the bits of `quantized_matmul` of `gated_activation`."""
     num_rows, size = len(gate_up), gate_up.shape[1] // 2
@@ -32,7 +33,8 @@ def linear_of_gated(
     if not is_fused or weight.activations == "none" or weight.input_scale is not None:
         return quantized_matmul(gated_activation(gate_up, activation), weight)
     rows = with_dense_columns(gate_up)
-    numbers = torch.empty(num_rows, size, dtype=ACTIVATIONS[weight.activations], device=gate_up.device)
+    matrix = as_matrix(weight)
+    numbers = torch.empty(num_rows, size, dtype=matrix.rounded, device=gate_up.device)
     scale = torch.empty(num_rows, device=gate_up.device)
     block = triton.next_power_of_2(size)
     gate_and_round_kernel[(num_rows,)](
@@ -45,13 +47,13 @@ def linear_of_gated(
         BLOCK_SIZE=block,
         num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
     )
-    return multiply_rows(numbers, scale, as_matrix(weight), None, gate_up.dtype)
+    return multiply_rows(numbers, scale, matrix, None, gate_up.dtype)
 
 
 @triton.jit
 def gate_and_round_kernel(
     gate_up: tl.tensor,  # [N, 2 * F]
-    numbers: tl.tensor,  # [N, F] int8 or e4m3, written
+    numbers: tl.tensor,  # [N, F] int8, e4m3, or bfloat16: integers of int8; written
     scale: tl.tensor,  # [N], written
     size: tl.tensor,
     stride: tl.tensor,

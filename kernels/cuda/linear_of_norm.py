@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchinfer.kernels.cuda.launch import DTYPES, require, with_dense_columns
-from torchinfer.kernels.cuda.matmul import ACTIVATIONS, as_matrix, is_supported, multiply_rows
+from torchinfer.kernels.cuda.matmul import multiply_rows
+from torchinfer.kernels.cuda.matrix import Matrix, as_matrix, is_supported
 from torchinfer.kernels.cuda.quantize_rows import store_rounded
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.rms_norm import BLOCK, NUM_WARPS, normalize, rms_norm
@@ -24,15 +25,16 @@ def linear_of_norm(
     norm_weight: Tensor,  # [I]
     epsilon: float,
     offset: float,
-    weight: QuantizedWeight,  # [O, I]
+    weight: QuantizedWeight | Matrix,  # [O, I]
 ) -> Tensor:  # [N, O]
-    """See the door: the bits of `quantized_matmul` of `rms_norm`."""
+    """See the door. Squares are added in the order that suits the kernel: the last bit of a norm may differ."""
     is_fused = x.ndim == 2 and x.dtype in DTYPES and norm_weight.dtype == x.dtype and is_supported(x, weight)
     if not is_fused or weight.activations == "none" or weight.input_scale is not None:
         return quantized_matmul(rms_norm(x, norm_weight, epsilon, offset), weight)
     require(norm_weight.shape == x.shape[-1:], "linear_of_norm takes a norm's weight [I]", x, norm_weight)
     rows = with_dense_columns(x)
-    numbers = torch.empty(x.shape, dtype=ACTIVATIONS[weight.activations], device=x.device)
+    matrix = as_matrix(weight)
+    numbers = torch.empty(x.shape, dtype=matrix.rounded, device=x.device)
     scale = torch.empty(len(x), device=x.device)
     block = triton.next_power_of_2(x.shape[1])
     norm_and_round_kernel[(len(x),)](
@@ -48,14 +50,14 @@ def linear_of_norm(
         BLOCK_SIZE=block,
         num_warps=NUM_WARPS.get(max(block, BLOCK), 16),
     )
-    return multiply_rows(numbers, scale, as_matrix(weight), None, x.dtype)
+    return multiply_rows(numbers, scale, matrix, None, x.dtype)
 
 
 @triton.jit
 def norm_and_round_kernel(
     x: tl.tensor,  # [N, I]
     weight: tl.tensor,  # [I]
-    numbers: tl.tensor,  # [N, I] int8 or e4m3, written
+    numbers: tl.tensor,  # [N, I] int8, e4m3, or bfloat16: integers of int8; written
     scale: tl.tensor,  # [N], written
     size: tl.tensor,
     stride: tl.tensor,

@@ -1,86 +1,24 @@
-"""The launch of `matmul_kernel`: which matrices it takes. What no tile fits (groups of inputs that are no power of two)
-stays with the reference.
-"""
+"""The launch of `matmul_kernel`."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchinfer.kernels.cuda.launch import DTYPES, has_dtype, require
+from torchinfer.kernels.cuda.launch import DTYPES, require
+from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel, sum_splits_kernel
+from torchinfer.kernels.cuda.matrix import RUN, Matrix
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 from torchinfer.kernels.cuda.tiles import Product, Tiles, choose_tiles, num_processors
 from torchinfer.kernels.cuda.tuned_table import Key, Tuned, load_table
 
-if TYPE_CHECKING:
-    from torchinfer.quantized_weight import QuantizedWeight
-
-ACTIVATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-LEAST_GROUP = 32  # inputs that share a scale, of which a step takes at least so many
 SUM_BLOCK = 512  # results of a program that adds splits
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """What the kernel reads of a matrix [O, I] or [E, O, I], quantized or not."""
-
-    values: Tensor  # uint8: two numbers of 4 bits
-    scale: Tensor | None = None  # float32 [.., S, G]
-    zero: Tensor | None = None  # [.., O, G]
-    row_block: int = 1  # outputs that share a scale
-    group: int = 0  # inputs that share a scale; 0: all
-    activations: str = "none"
-
-    @property
-    def is_nibbles(self) -> bool:
-        """Whether a byte holds two numbers."""
-        return self.values.dtype == torch.uint8
-
-    @property
-    def parts(self) -> int:
-        """Products of a step: those of 4 bits are read as words of 32, unless a group is too small."""
-        if not self.is_nibbles:
-            return 1
-        return 4 if self.values.shape[-1] % 4 == 0 and (not self.group or self.group >= 64) else 2
-
-    @property
-    def num_inputs(self) -> int:
-        """I."""
-        return self.values.shape[-1] * (2 if self.is_nibbles else 1)
-
-    @property
-    def format(self) -> str:
-        """int8, float8_e4m3fn-g128, int4-g128-zero, int8-rows: numbers, groups, zeros, rows that are rounded, too."""
-        name = "int4" if self.is_nibbles else str(self.values.dtype).removeprefix("torch.")
-        name += f"-g{self.group}" if self.group else ""
-        return name + ("-zero" if self.zero is not None else "") + ("-rows" if self.activations != "none" else "")
-
-
-def as_matrix(weight: QuantizedWeight) -> Matrix:
-    """A quantized matrix for `multiply`."""
-    group = 0 if weight.scale.shape[-1] == 1 else weight.column_block
-    zero = None if weight.zero is None else weight.zero.contiguous()
-    return Matrix(weight.values, weight.scale.contiguous(), zero, weight.row_block, group, weight.activations)
-
-
-def is_supported(x: Tensor, weight: QuantizedWeight) -> bool:
-    """Whether the kernel multiplies such a matrix; the rest is the reference's."""
-    group = weight.column_block
-    is_whole = weight.scale.shape[-1] == 1
-    is_known = x.dtype in DTYPES and weight.group_index is None and x.numel() > 0
-    is_known = is_known and (weight.values.dtype == torch.uint8 or has_dtype(weight.values.dtype, x.device))
-    is_known = is_known and (is_whole or (group >= LEAST_GROUP and group & (group - 1) == 0))
-    if weight.activations == "none":
-        return is_known
-    is_known = is_known and is_whole and weight.zero is None and weight.row_block == 1
-    return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
 
 
 def multiply(
@@ -98,7 +36,7 @@ def multiply(
     if matrix.activations == "none":
         return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
     _require_fit(x, matrix, group_sizes)  # before rows are rounded
-    rounded, row_scale = quantize_rows(x, ACTIVATIONS[matrix.activations], input_scale)
+    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale)
     return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
 
 
@@ -116,6 +54,10 @@ def multiply_rows(
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
+    if not num_rows:
+        return result
+    if tiles is None and row_scale is not None and is_library_s(x, matrix, dtype, load_table()):
+        return library_matmul(x, row_scale, matrix)
     tiles = tiles or tiles_for(x, matrix, load_table())
     if tiles.splits == 1:
         _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
@@ -129,11 +71,23 @@ def multiply_rows(
 
 
 def tiles_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tiles:
-    """What `multiply_rows` launches. The table is for rows of 8 and 16 bits."""
+    """What `multiply_rows` launches, where the product is not the library's."""
+    product = product_of(x, matrix)
+    num_rows, tuned = triton.cdiv(len(x), product.num_matrices), tuned_for(x, matrix, table)
+    return choose_tiles(product, num_rows, num_processors(x.device), tuned)
+
+
+def is_library_s(x: Tensor, matrix: Matrix, dtype: torch.dtype, table: dict[Key, Tuned]) -> bool:
+    """Whether torch's own product was measured to be the faster one for so many rows."""
+    tuned = tuned_for(x, matrix, table)
+    return tuned is not None and 0 < tuned.library_rows <= len(x) and has_library(matrix, dtype)
+
+
+def tuned_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tuned | None:
+    """What was measured on this card for this matrix, and rows of 8 or 16 bits."""
     product = product_of(x, matrix)
     key = device_name(x.device), product.format, product.num_outputs, product.num_inputs, product.num_matrices
-    tuned = table.get(key) if product.element_bytes <= 2 else None
-    return choose_tiles(product, triton.cdiv(len(x), product.num_matrices), num_processors(x.device), tuned)
+    return table.get(key) if product.element_bytes <= 2 else None
 
 
 def product_of(x: Tensor, matrix: Matrix) -> Product:
@@ -160,8 +114,6 @@ def _launch(
 ) -> None:
     num_rows, num_outputs, num_results = len(x), matrix.values.shape[-2], result.shape[-1]
     num_groups = 0 if group_sizes is None else len(group_sizes)
-    if matrix.is_nibbles:
-        x = x.view(num_rows, -1, matrix.parts).transpose(1, 2).reshape(num_rows, -1)  # all that lie first, then second
     num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
     num_blocks = triton.cdiv(num_results, tiles.outputs * num_results // num_outputs)
     matmul_kernel[(num_row_blocks * num_blocks, tiles.splits)](
@@ -205,6 +157,7 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "HAS_SCALE": matrix.scale is not None,
         "HAS_ZERO": matrix.zero is not None,
         "PARTS": matrix.parts,
+        "RUN": RUN if matrix.is_packed else 1,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
         "ROWS_LAST": tiles.rows_last,
         "IS_SPLIT": tiles.splits > 1,
@@ -217,6 +170,7 @@ def _require_fit(x: Tensor, matrix: Matrix, group_sizes: Tensor | None) -> None:
     values = matrix.values
     rule = f"a product takes x [N, {matrix.num_inputs}], dense rows, and a contiguous [O, I], or groups' [E, O, I]"
     is_fit = x.ndim == 2 and x.shape[1] == matrix.num_inputs and x.stride(1) == 1 and x.device == values.device
+    is_fit = is_fit and (x.dtype in DTYPES or x.dtype == values.dtype)
     is_fit = is_fit and values.is_contiguous() and values.ndim == (2 if group_sizes is None else 3)
     require(is_fit, rule, x, values)
     if group_sizes is not None:

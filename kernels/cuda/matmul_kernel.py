@@ -4,7 +4,8 @@
 
 Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
 inputs multiplies the sums of that group, one of a whole output multiplies the result. Numbers of 4 bits are two or four
-products of a step: of the first numbers of bytes or of 16 bits with every second or fourth input, and so on.
+products of a step: of the first numbers of bytes or of 16 bits with the inputs that belong to them, and so on; these
+are every second or fourth, or runs of 16 where the matrix was packed for it.
 
 A tile is outputs times rows where the matrix unit takes the matrix from registers, else rows times outputs.
 
@@ -65,7 +66,7 @@ def multiply_add(
 
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def matmul_kernel(
-    x: tl.tensor,  # [N, I], rows `stride` apart; int8 or e4m3 where HAS_ROW_SCALE; inputs of each part together
+    x: tl.tensor,  # [N, I], rows `stride` apart; rounded where HAS_ROW_SCALE
     values: tl.tensor,  # [E, O, I]; of 4 bits uint8 [E, O, I / 2] or int32 [E, O, I / 8]
     scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
@@ -90,6 +91,7 @@ def matmul_kernel(
     HAS_ZERO: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     PARTS: tl.constexpr,  # products of a step: 2 for bytes of 4 bits, 4 for words of them, else 1
+    RUN: tl.constexpr,  # inputs of a part that lie side by side; those of the next part follow
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
     SUM: tl.constexpr,  # dtype of the sums
     ACTIVATION: tl.constexpr,  # of the first half of the outputs, which then multiplies the second; or none
@@ -125,7 +127,9 @@ def matmul_kernel(
             return
     PART: tl.constexpr = BLOCK_INPUTS // PARTS
     NUMBERS: tl.constexpr = 8 if PARTS == 4 else PARTS  # in one of `values`
-    in_part, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
+    in_row, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
+    if PARTS > 1:
+        in_row = in_row // RUN * (RUN * PARTS) + in_row % RUN
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
     start_input, end_input = 0, num_inputs
@@ -134,12 +138,12 @@ def matmul_kernel(
         start_input = tl.program_id(1) * span
         end_input = tl.minimum(start_input + span, num_inputs)
     numbers = values + place[:, None] * (num_inputs // NUMBERS) + start_input // NUMBERS + packed[None, :]
-    inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input // PARTS + in_part[:, None]
+    inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input + in_row[:, None]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     HEIGHT: tl.constexpr = BLOCK_OUTPUTS if ROWS_LAST else BLOCK_ROWS
     total = tl.zeros((HEIGHT, BLOCK_ROWS * BLOCK_OUTPUTS // HEIGHT), SUM)
     for first in range(start_input, end_input, BLOCK_INPUTS):
-        is_input = first // PARTS + in_part < num_inputs // PARTS
+        is_input = first + in_row < num_inputs
         if IS_EVEN:
             b = tl.load(numbers)
         else:
@@ -153,9 +157,9 @@ def matmul_kernel(
             product = tl.zeros(total.shape, tl.float32)
             for part in tl.static_range(PARTS):
                 if IS_EVEN:
-                    a = tl.load(inputs + part * (num_inputs // PARTS))
+                    a = tl.load(inputs + part * RUN)
                 else:
-                    a = tl.load(inputs + part * (num_inputs // PARTS), mask=is_input[:, None], other=0.0)
+                    a = tl.load(inputs + part * RUN, mask=is_input[:, None], other=0.0)
                 if PARTS > 1:
                     c = nibbles(b, part, offset, a.dtype)
                 elif HAS_ZERO:
@@ -175,7 +179,7 @@ def matmul_kernel(
             if HAS_ZERO:
                 b = (b.to(tl.int16) - offset).to(a.dtype)
             total = multiply_add(b.to(a.dtype), a, total, ROWS_LAST)
-        inputs += PART
+        inputs += BLOCK_INPUTS
         numbers += BLOCK_INPUTS // NUMBERS
     product = tl.trans(total.to(tl.float32)) if ROWS_LAST else total.to(tl.float32)
     if HAS_ROW_SCALE:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -24,6 +25,7 @@ from triton.backends.driver import DriverBase
 SHARED_BYTES = {(8, 0): 163 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10}  # that a block may have, by capability
 MOST_THREADS = 1024
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*)", re.MULTILINE)
+FLUSHING = re.compile(r"[a-z0-9.]+\.ftz\.[a-z0-9.]+")
 PRODUCT = re.compile("[HIQ]G?MMA")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)")
 
@@ -38,6 +40,7 @@ class Compiled:
     shared_bytes: int  # of a block
     loop_instructions: int  # of a warp, in one round of the longest loop that has no loop in it
     tensor_instructions: int  # of these, products of tiles
+    flushing: list[str]  # instructions of PTX that take numbers below 2^-126 for zeros
 
 
 class OfflineDriver(DriverBase):  # type: ignore[misc]
@@ -47,6 +50,7 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         super().__init__()
         self.capability = capability
         self.compiled: list[Compiled] = []
+        self.ptx = ""  # of the kernel that is loaded next
         self.utils = self  # where Triton looks for get_device_properties and load_binary
 
     @classmethod
@@ -86,6 +90,11 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         """What stands in place of a launch."""
         return lambda *arguments: None
 
+    def note_ptx(self, _module: Any, _function: Any, _name: str, files: dict[str, str], _hash: str) -> None:
+        """Triton's call ahead of `load_binary`, with the files of a kernel."""
+        (path,) = (path for name, path in files.items() if name.endswith(".ptx"))
+        self.ptx = Path(path).read_text(encoding="utf-8")
+
     def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[str, str, int, int, int]:
         """Note what a kernel needs; Triton takes module, function, registers, spilled bytes and most threads."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -97,7 +106,8 @@ class OfflineDriver(DriverBase):  # type: ignore[misc]
         registers, stack, local = map(int, found.groups())
         loop = longest_loop(assembly)
         num_tensor = sum(bool(PRODUCT.match(opcode)) for opcode in loop)
-        self.compiled.append(Compiled(name, registers, stack + local, shared, len(loop), num_tensor))
+        flushing = sorted(set(FLUSHING.findall(self.ptx)))
+        self.compiled.append(Compiled(name, registers, stack + local, shared, len(loop), num_tensor, flushing))
         return name, name, registers, stack, MOST_THREADS
 
 
@@ -109,9 +119,11 @@ def compiling(capability: tuple[int, int]) -> Iterator[list[Compiled]]:
     """
     driver = OfflineDriver(capability)
     triton.runtime.driver.set_active(driver)
+    triton.knobs.runtime.kernel_load_start_hook.add(driver.note_ptx)
     try:
         yield driver.compiled
     finally:
+        triton.knobs.runtime.kernel_load_start_hook.remove(driver.note_ptx)
         triton.runtime.driver._active = None
 
 

@@ -136,11 +136,8 @@ def _attend_to_chunks(query: Tensor, kv_cache: KVCache, batch: Batch, result: Te
     block_rows = 2 * _block_keys(query, size)
     block_heads = min(num_heads // num_kv_heads, block_rows)
     block_tokens = block_rows // block_heads
-    grid = (
-        num_kv_heads * triton.cdiv(num_heads // num_kv_heads, block_heads),
-        num_tokens // block_tokens + num_rows,
-    )
-    chunk_kernel[grid](
+    num_parts = num_kv_heads * triton.cdiv(num_heads // num_kv_heads, block_heads)
+    chunk_kernel[(num_parts * (num_tokens // block_tokens + num_rows),)](
         query,
         **_cache_and_rows(kv_cache, batch),
         attended=result,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchinfer.kernels.cuda.divide import divide
 from torchinfer.kernels.cuda.launch import with_dense_columns
 
 LEAST_SCALE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -17,7 +18,7 @@ LEAST_SCALE: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 def quantize_rows(
     rows: Tensor,  # [N, D]
-    dtype: torch.dtype,  # int8 or float8_e4m3fn
+    dtype: torch.dtype,  # int8 or float8_e4m3fn; bfloat16: the integers of int8
     scale: Tensor | None = None,  # float32 [N] or [1]: in place of the rows' own
 ) -> tuple[Tensor, Tensor]:  # [N, D] of dtype, [N] float32
     """Round to nearest, ties to even; numbers beyond a given scale are cut off."""
@@ -43,7 +44,7 @@ def quantize_rows(
 @triton.jit
 def quantize_rows_kernel(
     rows: tl.tensor,  # [N, D]
-    numbers: tl.tensor,  # [N, D] int8 or e4m3
+    numbers: tl.tensor,  # [N, D] int8, e4m3, or bfloat16: integers of int8
     scale: tl.tensor,  # [N], read where HAS_SCALE, else written
     size: tl.tensor,
     stride: tl.tensor,
@@ -60,7 +61,7 @@ def quantize_rows_kernel(
 @triton.jit
 def store_rounded(
     x: tl.tensor,  # [1, D] float32
-    numbers: tl.tensor,  # [N, D] int8 or e4m3, its row written
+    numbers: tl.tensor,  # [N, D] int8, e4m3, or bfloat16: integers of int8; its row written
     scale: tl.tensor,  # [N], the row's read where HAS_SCALE, else written
     row: tl.tensor,
     column: tl.tensor,  # [1, D]
@@ -83,8 +84,8 @@ def scale_of(
     DTYPE: tl.constexpr,
 ) -> tl.tensor:  # [R] float32
     """The scale by which a row's largest number becomes the largest of DTYPE; NaN for a row that has one."""
-    largest = 127.0 if DTYPE == tl.int8 else 448.0
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(rows), 1), largest), LEAST_SCALE)
+    largest = 448.0 if DTYPE == tl.float8e4nv else 127.0
+    scale = tl.maximum(divide(tl.max(tl.abs(rows), 1), largest), LEAST_SCALE)
     is_broken = tl.max((rows != rows).to(tl.int32), 1) > 0
     return tl.where(is_broken, float("nan"), scale)
 
@@ -95,9 +96,9 @@ def to_8_bits(
     scale: tl.tensor,  # [R] float32
     DTYPE: tl.constexpr,
 ) -> tl.tensor:  # [R, D] of DTYPE
-    """rows / scale, cut off at the ends and rounded to nearest, ties to even."""
-    x = tl.div_rn(rows, scale[:, None])
-    if DTYPE == tl.int8:
+    """rows / scale, cut off at the ends and rounded to nearest, ties to even; in bfloat16 the integers of int8."""
+    x = divide(rows, scale[:, None])
+    if DTYPE != tl.float8e4nv:
         bounded = tl.minimum(tl.maximum(x, -128.0), 127.0)
         steps = 12582912.0  # 1.5 * 2^23, next to which float32 has whole numbers only
         rounded = (bounded + steps) - steps

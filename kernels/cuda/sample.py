@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchinfer.kernels.cuda.divide import divide
 from torchinfer.kernels.cuda.launch import require, with_dense_columns
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def key_of(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def load_scaled(row: tl.tensor, index: tl.tensor, size: tl.tensor, temperature: tl.tensor) -> tl.tensor:
     """A block of logits over the temperature; minus infinity past the row's end."""
-    return tl.div_rn(tl.load(row + index, mask=index < size, other=float("-inf")), temperature)
+    return divide(tl.load(row + index, mask=index < size, other=float("-inf")), temperature)
 
 
 @triton.jit

@@ -70,7 +70,8 @@ def num_processors(device: torch.device) -> int:
 
 
 def _of_many_rows(product: Product) -> Tiles:
-    inputs = min(128 // product.element_bytes, product.group or 128)
+    # Numbers of 4 bits are up to four products of a step, and the matrix unit takes 16 inputs at least.
+    inputs = min(max(128 // product.element_bytes, 64 if product.is_nibbles else 0), product.group or 128)
     return Tiles(128, 128, inputs, 8, 3, rows_last=product.is_nibbles)
 
 

@@ -1,10 +1,11 @@
 """The table of launches that were measured: by card and matrix, in `tuned.json`, which ships with the package.
 
     {"NVIDIA H200": [{"format": "int4-g128", "outputs": 4096, "inputs": 4096, "matrices": 1, "splits": 4,
-                      "launches": {"8": {"outputs": 64, "warps": 2, "stages": 4}, ...}}]}
+                      "library_rows": 0, "launches": {"8": {"outputs": 64, "warps": 2, "stages": 4}, ...}}]}
 
 `launches` has those of tiles of 8, 16, 32, 64 and 128 rows; what is missing is the rule's (`tiles.py`). `splits` is for
-all tiles of up to 64 rows. `benchmarks/cuda_tune.py` writes it, on a card.
+all tiles of up to 64 rows. From `library_rows` on, above 64 and 0 for never, torch's own product is the faster one
+(`library_matmul.py`). `benchmarks/cuda_tune.py` writes it, on a card.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ TABLE = Path(__file__).with_name("tuned.json")
 ROWS = (8, 16, 32, 64, 128)  # of tiles
 CHOICES = {"outputs": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": tuple(range(1, 9))}
 SPLITS = (1, 2, 4, 8, 16)
+MOST_FEW_ROWS = 64  # up to which the bits of a row do not depend on the others
 
 Key = tuple[str, str, int, int, int]  # card, format, outputs, inputs, matrices
 
@@ -38,6 +40,7 @@ class Tuned:
 
     splits: int
     launches: dict[int, Launch]  # by rows of a tile
+    library_rows: int = 0  # from so many on the library's product is faster; 0: never
 
 
 @functools.cache
@@ -64,12 +67,13 @@ def save_entry(path: Path, key: Key, tuned: Tuned) -> None:
     for (card, *matrix), entry in sorted(table.items(), key=lambda item: item[0]):
         launches = {str(rows): asdict(launch) for rows, launch in sorted(entry.launches.items())}
         named = dict(zip(("format", "outputs", "inputs", "matrices"), matrix, strict=True))
-        cards.setdefault(card, []).append({**named, "splits": entry.splits, "launches": launches})
+        found = {"splits": entry.splits, "library_rows": entry.library_rows, "launches": launches}
+        cards.setdefault(card, []).append(named | found)
     path.write_text(json.dumps(cards, indent=1) + "\n", encoding="utf-8")
 
 
 def _entry(path: Path, card: str, found: Any) -> tuple[Key, Tuned]:
-    names = {"format", "outputs", "inputs", "matrices", "splits", "launches"}
+    names = {"format", "outputs", "inputs", "matrices", "splits", "library_rows", "launches"}
     if not isinstance(found, dict) or found.keys() != names or not isinstance(found["launches"], dict):
         raise _refuse(path, f"an entry of {card}", found, f"an object of {', '.join(sorted(names))}")
     place = f"the {found['format']} matrix [{found['outputs']}, {found['inputs']}] of {card}"
@@ -80,9 +84,13 @@ def _entry(path: Path, card: str, found: Any) -> tuple[Key, Tuned]:
             raise _refuse(path, f"{name} of {place}", found[name], "a whole number above 0")
     if type(found["splits"]) is not int or found["splits"] not in SPLITS:
         raise _refuse(path, f"splits of {place}", found["splits"], f"one of {SPLITS}")
+    library_rows = found["library_rows"]
+    if type(library_rows) is not int or (library_rows <= MOST_FEW_ROWS and library_rows != 0):
+        rule = f"a whole number above {MOST_FEW_ROWS}, or 0 for never"
+        raise _refuse(path, f"library_rows of {place}", library_rows, rule)
     launches = dict(_launch(path, place, rows, launch) for rows, launch in found["launches"].items())
     key = card, found["format"], found["outputs"], found["inputs"], found["matrices"]
-    return key, Tuned(found["splits"], launches)
+    return key, Tuned(found["splits"], launches, library_rows)
 
 
 def _launch(path: Path, place: str, rows: str, found: Any) -> tuple[int, Launch]:

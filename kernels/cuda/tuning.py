@@ -2,6 +2,7 @@
 
 First splits, the same for all numbers of rows, since a row's sums must not depend on how many rows come with it: those
 that lose least, each number of rows against its own best. Then for each number of rows outputs and warps, then stages.
+At last torch's own product against the best launch for many rows.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ OUTPUTS = (32, 64, 128)
 STAGES = (2, 3, 4, 5, 6)
 FEW_ROWS = tuple(rows for rows in ROWS if rows < 128)
 
+LIBRARY_ROWS = (4096, 1024, 256)  # at which the library is measured
+
 Seconds = Callable[[int, Tiles], float | None]  # of so many rows; None: such a launch does not fit the card
 
 
-def search(product: Product, num_processors: int, seconds: Seconds) -> Tuned:
+def search(
+    product: Product,
+    num_processors: int,
+    seconds: Seconds,
+    library_seconds: Callable[[int], float | None],  # of so many rows; None: it has no such product
+) -> Tuned:
     """The best launches that were found, starting from the rule's."""
     rule = {rows: choose_tiles(product, rows, num_processors) for rows in ROWS}
     splits = best_splits(product, {rows: rule[rows] for rows in FEW_ROWS}, seconds)
@@ -30,7 +38,22 @@ def search(product: Product, num_processors: int, seconds: Seconds) -> Tuned:
         best = fastest([start, *shapes], rows, seconds)
         best = fastest([best, *(replace(best, num_stages=stages) for stages in STAGES)], rows, seconds)
         launches[rows] = Launch(best.outputs, best.num_warps, best.num_stages)
-    return Tuned(splits, launches)
+    # `best` is that of 128 rows, the last.
+    return Tuned(splits, launches, least_library_rows(best, seconds, library_seconds))
+
+
+def least_library_rows(tiles: Tiles, seconds: Seconds, library_seconds: Callable[[int], float | None]) -> int:
+    """The least of LIBRARY_ROWS from which on the library is faster than the launch; 0 if it is not at the most."""
+    found = 0
+    for rows in LIBRARY_ROWS:
+        theirs = library_seconds(rows)
+        if theirs is None:
+            break
+        ours = seconds(rows, tiles)
+        if ours is not None and ours <= theirs:
+            break
+        found = rows
+    return found
 
 
 def best_splits(product: Product, rule: dict[int, Tiles], seconds: Seconds) -> int:

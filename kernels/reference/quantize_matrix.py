@@ -17,7 +17,8 @@ LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 NIBBLE_LIMIT = 7.5  # half of a step beyond 7; -8 is the other end
 # Of the scale that cuts nothing off. Twice as many bring 0.5 % less error, on trained and on random matrices.
 CLIP_RATIOS = tuple(1 - 0.06 * step for step in range(6))
-ROWS_AT_ONCE_BYTES = 1 << 20  # of float32: what is computed with at once stays in the processor's cache
+CPU_BLOCK_BYTES = 1 << 20  # of float32: what is computed with at once stays in the processor's cache
+DEVICE_BLOCK_BYTES = 1 << 26  # elsewhere: the launches of a block must take longer than the host needs for them
 LANES = 16
 
 
@@ -29,7 +30,8 @@ def quantize_matrix(
     column_block: int,
 ) -> None:
     """See the door."""
-    blocks = max(1, ROWS_AT_ONCE_BYTES // (4 * weight.shape[1]) // row_block)
+    block_bytes = CPU_BLOCK_BYTES if weight.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    blocks = max(1, block_bytes // (4 * weight.shape[1]) // row_block)
     parts = torch.split(weight, blocks * row_block), torch.split(values, blocks * row_block), torch.split(scale, blocks)
     for part, part_values, part_scale in zip(*parts, strict=True):
         done = _quantize(part.float(), values.dtype, row_block, column_block)

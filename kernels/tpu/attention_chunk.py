@@ -112,6 +112,18 @@ class Refs(NamedTuple):
     write_sem: Ref
 
 
+def rounding_thresholds() -> Array:
+    """[1, 128] float32 in (-0.5, 0.5), each once: what is added to numbers of a page's tokens before they are rounded.
+    Of many weights below a half, such as those behind one that is much larger, all would become 0; so some become 1."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return ((lane * 79) & (LANES - 1)).astype(jnp.float32) * (1 / LANES) - (0.5 - 0.5 / LANES)
+
+
+def token_of_row(row: Array, group_size: int) -> Array:
+    """row // group_size of up to 2**11 rows, int32, for groups of up to 128: by multiplication, a division is slow."""
+    return (row * (2**20 // group_size + 1)) >> 20
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some pages of a fetched block, and the rows of a tile of queries that meet them."""
@@ -131,9 +143,8 @@ class Chunk:
         """
         shape, window = (self.rows, LANES), self.config.window
         query = first
-        if not is_decode:  # row // group_size by multiplication: exact, since there are less than 2**10 rows
-            row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-            query = first + ((row * (2**16 // self.config.group_size + 1)) >> 16)
+        if not is_decode:
+            query = first + token_of_row(jax.lax.broadcasted_iota(jnp.int32, shape, 0), self.config.group_size)
         visible, seen = [], []
         for index in range(self.num_pages):
             start = base + (self.page + index) * PAGE_SIZE
@@ -152,22 +163,26 @@ class Chunk:
         scores = [
             [jnp.where(mask, self._scores(head, index), MASKED) for index, mask in enumerate(visible)] for head in heads
         ]
-        weights, decays = [], []
+        weights, decays, shares = [], [], []
         for head, of_head in zip(heads, scores, strict=True):
             before = refs.highest[self.tile, head, rows]
-            highest = functools.reduce(jnp.maximum, of_head)
-            after = jnp.maximum(before, jnp.max(highest, 1, keepdims=True))
-            weights.append([jnp.exp2(score - after) for score in of_head])
+            here = jnp.max(functools.reduce(jnp.maximum, of_head), 1, keepdims=True)
+            after = jnp.maximum(before, here)
+            # Integers hold little of weights far below the largest: they are those of these pages, not of all so far.
+            largest = here if self.config.layout.dtype == "int8" else after
+            weights.append([jnp.exp2(score - largest) for score in of_head])
             decays.append(jnp.exp2(before - after))
+            shares.append(jnp.exp2(here - after) if self.config.layout.dtype == "int8" else 1.0)
             refs.highest[self.tile, head, rows] = after
-            refs.total[self.tile, head, rows] = refs.total[self.tile, head, rows] * decays[-1] + sum(
-                weights[-1][1:], weights[-1][0]
+            refs.total[self.tile, head, rows] = (
+                refs.total[self.tile, head, rows] * decays[-1] + sum(weights[-1][1:], weights[-1][0]) * shares[-1]
             )
         products = [self._weighted_values(head, each, seen) for head, each in zip(heads, weights, strict=True)]
-        for head, decay, of_head in zip(heads, decays, products, strict=True):
+        for head, decay, share, of_head in zip(heads, decays, shares, products, strict=True):
             for tile, product in enumerate(of_head):
                 lanes = slice(tile * LANES, (tile + 1) * LANES)
-                refs.acc[self.tile, head, rows, lanes] = refs.acc[self.tile, head, rows, lanes] * decay + product
+                acc = refs.acc[self.tile, head, rows, lanes]
+                refs.acc[self.tile, head, rows, lanes] = acc * decay + product * share
 
     def _scores(self, head: Array | int, index: int) -> Array:
         """[rows, 128] float32 against one page, times log2(e): their weights are powers of 2."""
@@ -222,10 +237,10 @@ class Chunk:
         for other in scales[1:]:
             largest = jnp.maximum(largest, other)
         unit = jnp.maximum(jnp.max(largest, 1, keepdims=True), 1e-30) * (1 / LARGEST)
-        planes = []
+        planes, threshold = [], rounding_thresholds()
         for weight, scale in zip(weights, scales, strict=True):
             # Beyond 2**23 float32 has the integers only, in its low bits: rounded without a conversion.
-            bits = jax.lax.bitcast_convert_type(weight * (scale / unit) + 2.0**23, jnp.int32)
+            bits = jax.lax.bitcast_convert_type(weight * (scale / unit) + threshold + 1.5 * 2.0**23, jnp.int32)
             planes.append(jnp.concatenate(((bits >> 7) & 127, bits & 127)).astype(jnp.int8))
         return jnp.concatenate(planes, 1), unit
 

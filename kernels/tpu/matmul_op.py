@@ -44,6 +44,7 @@ def matmul(
         weight.scale,
         [group_sizes, input_scale, weight.shift],
         weight.name,
+        weight.shape[-2],
         activation,
         dtype_name(x.dtype if weight.shift is None else torch.float32),
         weight.num_cores,
@@ -81,14 +82,14 @@ def _op(
     scale: Tensor,
     optional: list[Tensor | None],  # group_sizes, input_scale, shift
     name: str,
+    num_outputs: int,
     activation: str | None,
     result_dtype: str,
     num_cores: int,
 ) -> Tensor:
     import torch_xla.core.xla_builder as xla_builder
 
-    num_experts, num_words, num_outputs = words.shape
-    shape = (num_experts, num_words * NUMBERS_IN_WORD[name], num_outputs)
+    shape = (words.shape[0], words.shape[1] * NUMBERS_IN_WORD[name], num_outputs)
     # What the matrix unit takes as it is needs one plane; all else keeps its bits in two.
     planes = 1 if x.dtype == (torch.int8 if name in INTEGERS else torch.bfloat16) else 2
     sizes = (scale.shape[1], x.shape[0], planes, activation)
@@ -110,12 +111,13 @@ def _(
     scale: Tensor,
     optional: list[Tensor | None],  # group_sizes, input_scale, shift
     name: str,
+    num_outputs: int,
     activation: str | None,
     result_dtype: str,
     num_cores: int,
 ) -> Tensor:
-    num_outputs = words.shape[2] // (1 if activation is None else 2)
-    return torch.empty((x.shape[0], num_outputs), dtype=getattr(torch, result_dtype), device=x.device)
+    columns = num_outputs // (1 if activation is None else 2)
+    return torch.empty((x.shape[0], columns), dtype=getattr(torch, result_dtype), device=x.device)
 
 
 # Nothing is forgotten: torch_xla knows a function by its id.

@@ -82,6 +82,11 @@ class MatmulConfig:
         return self.num_inputs // NUMBERS_IN_WORD[self.name]
 
     @property
+    def padded_outputs(self) -> int:
+        """Columns of words."""
+        return round_up(self.num_outputs, LANES)
+
+    @property
     def result_outputs(self) -> int:
         """Columns of the result."""
         return self.num_outputs if self.activation is None else self.num_outputs // 2
@@ -89,11 +94,11 @@ class MatmulConfig:
     @property
     def is_whole(self) -> bool:
         """A block has gate and up beside each other; otherwise they are two blocks."""
-        return self.activation is not None and self.block_outputs == self.num_outputs
+        return self.activation is not None and self.block_outputs >= self.num_outputs
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of columns."""
+        """Blocks of columns, the last of which may reach beyond them."""
         return 1 if self.is_whole else -(-self.result_outputs // self.block_outputs)
 
     def vmem_bytes(self, input_bytes: int) -> int:
@@ -159,7 +164,7 @@ def make_config(
         block = _cut(num_outputs, most, 4 if num_experts == 1 else 1, num_cores)
     else:
         assert can_gate(num_inputs, num_outputs, name)
-        block = _divide(num_outputs // 2, max(most // 2, 1), num_cores) or num_outputs
+        block = _divide(num_outputs // 2, max(most // 2, 1), num_cores) or round_up(num_outputs, LANES)
     sizes = (num_experts, num_inputs, num_outputs, num_groups, num_rows, tile_rows, planes, block)
     return MatmulConfig(name, *sizes, activation, result_dtype, num_cores)
 
@@ -167,8 +172,6 @@ def make_config(
 def _cut(num_outputs: int, most: int, least_blocks: int, num_cores: int) -> int:
     """Columns of a block of at most `most` tiles; the last one may reach beyond the outputs."""
     tiles = -(-num_outputs // LANES)
-    if tiles == 1:
-        return num_outputs
     blocks = min(round_up(max(-(-tiles // most), least_blocks), num_cores), tiles)
     return -(-tiles // blocks) * LANES
 

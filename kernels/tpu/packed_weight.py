@@ -32,8 +32,8 @@ class PackedWeight:
 
     shape: tuple[int, ...]  # [O, I] or [E, O, I]
     name: str  # of the numbers
-    words: Tensor  # int32 [E, W, O], one expert if there are none
-    scale: Tensor  # float32 [E, G, O]
+    words: Tensor  # int32 [E, W, O padded], one expert if there are none
+    scale: Tensor  # float32 [E, G, O padded]
     shift: Tensor | None  # float32 [G, O]: what stands for zero, times the scale
     activations: str  # none, int8, fp8
     input_scale: Tensor | None  # float32 [1], of all inputs in place of one a token
@@ -73,7 +73,7 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
     if not can_prepare(weight):
         return None
     if isinstance(weight, Tensor):
-        scale = torch.ones((weight.shape[0], 1, weight.shape[1]), device=weight.device)
+        scale = torch.ones((weight.shape[0], 1, round_up(weight.shape[1], LANES)), device=weight.device)
         words = pack_words(weight, "bfloat16", round_up(weight.shape[2], INPUT_MULTIPLE))
         return PackedWeight(tuple(weight.shape), "bfloat16", words, scale, None, "none", None, num_cores)
     signed, num_groups, shift = weight.values, weight.scale.shape[-1], None
@@ -92,6 +92,7 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
         shift = functional.pad(zero.T, (0, 0, 0, missing)) * scale
     name = NAMES[weight.values.dtype]
     words = pack_words(signed, name, num_inputs)
+    scale = functional.pad(scale, (0, words.shape[-1] - shape[-2]))
     if len(shape) == 2:
         words, scale = words[None], scale[None]
     return PackedWeight(tuple(shape), name, words, scale, shift, weight.activations, weight.input_scale, num_cores)

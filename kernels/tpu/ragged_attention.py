@@ -24,7 +24,7 @@ from torchinfer.kernels.tpu.token_insertion import fresh_rows
 
 CHUNK_BYTES = 9 * 2**17  # of pages that are computed at once, at most
 FETCH_BYTES = 2**21  # of pages that are fetched at once, at least: more than is on its way during the memory's latency
-MAX_CHUNK_PAGES = 16
+MAX_CHUNK_PAGES = {1: 8, 2: 16}  # by cores: v5e's memory takes longer for a page than a core's share of v5p's
 PREFILL_CHUNK_PAGES = 4
 PREFILL_ROWS = 128  # of queries for each KV head that are computed at once: the matrix unit's height
 MAX_PREFILL_TOKENS = 256  # of a query block, which fetches all that it sees
@@ -44,9 +44,10 @@ def make_config(
 ) -> KernelConfig:
     """The sizes of blocks for a model's heads.
 
-    A decode computes as many pages at once as are about a mebibyte, a power of two up to 16: fewer leave the matrix
-    unit waiting for itself. It fetches whole chunks, at least two mebibytes. A query block of a prompt has as many
-    tokens as fit the chip's memory: all of them meet the pages that it fetches, a tile after the other.
+    A decode computes as many pages at once as are about a mebibyte, a power of two up to 8 or 16: fewer leave the
+    matrix unit waiting for itself, more are empty where contexts are short. It fetches whole chunks, at least two
+    mebibytes. A query block of a prompt has as many tokens as fit the chip's memory: all of them meet the pages that it
+    fetches, a tile after the other.
 
     Raises:
         ValueError: for heads, a dtype or a window that the kernel cannot take.
@@ -58,7 +59,7 @@ def make_config(
     if window is not None and window < 1:
         raise ValueError(f"window={window} lets a token see nothing; it must be at least 1")
     fits = [size for size in (16, 8, 4, 2, 1) if size * layout.page_bytes <= CHUNK_BYTES]
-    chunk = min(fits[0] if fits else 1, fetch_pages or MAX_CHUNK_PAGES)
+    chunk = min(fits[0] if fits else 1, fetch_pages or MAX_CHUNK_PAGES[num_cores])
     prefill_chunk = min(PREFILL_CHUNK_PAGES, fetch_pages or PREFILL_CHUNK_PAGES)
     multiple = max(chunk, prefill_chunk)  # powers of two
     fetch = fetch_pages or multiple * -(-FETCH_BYTES // (multiple * layout.page_bytes))

@@ -54,7 +54,7 @@ def streamed_matmul(
     """x's rows, sorted by expert, times their experts' matrices; see the door's grouped_matmul.
 
     x: [N, I], float; or whole numbers in int8, or e4m3, with their `input_scale` [N] float32; words int32 [E, W, O]
-    (see `word_layout`), scale float32 [E, G, O]; group_sizes: [E] int32, sum at most N, None: one expert has all rows;
+    scale float32 [E, G, O] (see `word_layout`); group_sizes: [E] int32, sum at most N, None: one expert has all rows;
     shift: float32 [G, O], of one matrix without activation: subtracted from every number of a group, after its scale.
     Returns [N, outputs] of the config's dtype, zeros for rows of nobody. Without `has_kernel` by XLA's operations.
     """
@@ -163,9 +163,9 @@ def _offsets(config: MatmulConfig) -> list[int]:
 def _cost(config: MatmulConfig, input_bytes: int) -> pl.CostEstimate:
     """Of a step that sees as many experts as it can."""
     num_experts = min(config.num_experts, config.num_rows)
-    numbers = config.num_inputs * config.num_outputs
+    numbers = config.num_inputs * config.padded_outputs
     rows = config.num_tiles * config.tile_rows
-    matrices = num_experts * (4 * config.num_words + 4 * config.num_groups) * config.num_outputs
+    matrices = num_experts * (4 * config.num_words + 4 * config.num_groups) * config.padded_outputs
     inputs = config.num_rows * config.num_inputs * input_bytes if config.is_split else config.operand_bytes
     inputs *= config.used_cores  # each has them for itself
     return pl.CostEstimate(
@@ -191,7 +191,7 @@ def _kernel(visits: Ref, x: Ref, *refs: Ref, config: MatmulConfig) -> None:
     def result() -> Array:
         pairs = zip(blocks[:half], blocks[half : 2 * half], strict=True)
         unit = (units[tile] if config.is_split else units[...]) * UNITS.get(config.name, 1.0)
-        wide = jnp.concatenate([unit] * -(-config.block_outputs // LANES), 1)[:, : config.block_outputs]
+        wide = jnp.concatenate([unit] * (config.block_outputs // LANES), 1)
         return _gated([_product(planes, tile, words, scale, config) * wide for words, scale in pairs], config)
 
     def write() -> None:
@@ -219,7 +219,7 @@ def _gated(products: list[Array], config: MatmulConfig) -> Array:
     if config.activation is None:
         return products[0]
     size = config.result_outputs
-    gate, up = products if len(products) == 2 else (products[0][:, :size], products[0][:, size:])
+    gate, up = products if len(products) == 2 else (products[0][:, :size], products[0][:, size : 2 * size])
     if config.activation == "silu":
         return gate * jax.nn.sigmoid(gate) * up
     return jax.nn.gelu(gate, approximate=config.activation == "gelu_tanh") * up
@@ -266,11 +266,11 @@ def _with_xla(
     factor = 1 / E4M3_SHIFT if config.name == "float8_e4m3fn" else 1.0
     sizes = jnp.full(1, unit.shape[0]) if group_sizes is None else group_sizes
     row, ends = jnp.arange(unit.shape[0])[:, None], jnp.cumsum(sizes)
-    out = jnp.zeros((unit.shape[0], config.num_outputs), jnp.float32)
+    out = jnp.zeros((unit.shape[0], words.shape[2]), jnp.float32)
     for expert in range(config.num_experts):
-        matrix = numbers_of(words[expert], config.name).reshape(*groups, config.num_outputs) * factor
+        matrix = numbers_of(words[expert], config.name).reshape(*groups, -1) * factor
         sums = _join(jnp.einsum("trgi,gio->gtro", inputs, matrix, precision="highest"), config)
         total = (sums * scale[expert][:, None, None]).sum(0).reshape(out.shape)
         is_mine = (row >= ends[expert] - sizes[expert]) & (row < ends[expert])
         out = jnp.where(is_mine, total, out)
-    return _gated([out * unit[:, :1]], config)[: config.num_rows].astype(config.result_dtype)
+    return _gated([(out * unit[:, :1])[:, : config.num_outputs]], config)[: config.num_rows].astype(config.result_dtype)

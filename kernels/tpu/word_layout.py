@@ -3,6 +3,9 @@
     words   int32 [E, inputs / numbers in a word, O]      8 rows of words are a tile of 8 * numbers inputs
     scale   float32 [E, G, O]
 
+O is padded to a multiple of 128: XLA would keep fewer columns with the rows innermost, to save memory, and copy all of
+them for the kernel in each step.
+
 A tile of 8 x 128 words becomes whole tiles of int8 or bfloat16 by a bitcast, or after shifts and masks, in the order in
 which the matrix unit takes its inputs. XLA's own layout of 8 bits would have to be shuffled in the kernel first.
 
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchinfer.kernels.tpu.page_layout import SUBLANES
+from torchinfer.kernels.tpu.page_layout import LANES, SUBLANES, round_up
 
 NUMBERS_IN_WORD = {"int8": 4, "int4": 8, "float8_e4m3fn": 4, "bfloat16": 2}
 INTEGERS = ("int8", "int4")
@@ -25,10 +28,11 @@ INPUT_MULTIPLE = 64  # inputs are a multiple of it: tiles of all formats
 
 
 def pack_words(values: Tensor, name: str, num_inputs: int) -> Tensor:
-    """[..., O, I], signed: int8 (for int4 -8 to 7), e4m3 or bfloat16 -> words int32 [..., num_inputs / numbers, O],
-    zeros behind the inputs that there are."""
+    """[..., O, I], signed: int8 (for int4 -8 to 7), e4m3 or bfloat16 -> words int32 [..., num_inputs / numbers, O
+    padded], zeros behind the inputs and outputs that there are."""
     numbers = NUMBERS_IN_WORD[name]
-    bits = functional.pad(_bits(values), (0, num_inputs - values.shape[-1])).transpose(-1, -2)
+    missing = (0, num_inputs - values.shape[-1], 0, round_up(values.shape[-2], LANES) - values.shape[-2])
+    bits = functional.pad(_bits(values), missing).transpose(-1, -2)
     tiles = bits.reshape(*bits.shape[:-2], -1, SUBLANES * numbers, bits.shape[-1])  # [..., tiles, inputs of a tile, O]
     width = 32 // numbers
     words = torch.zeros((), dtype=torch.int32, device=values.device)
@@ -36,7 +40,7 @@ def pack_words(values: Tensor, name: str, num_inputs: int) -> Tensor:
         first, step = inputs_at(position, name)
         part = tiles[..., first : first + SUBLANES * step : step, :].to(torch.int32)
         words = words | ((part & (2**width - 1)) << (position * width))
-    return words.flatten(-3, -2)
+    return words.flatten(-3, -2).contiguous()  # on the CPU it has the order of `values`
 
 
 def _bits(values: Tensor) -> Tensor:

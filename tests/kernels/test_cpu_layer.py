@@ -1,5 +1,6 @@
 """Half a layer in one call of the CPU library: the same bits as its ops one by one."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -65,10 +66,10 @@ def make_cache(dtype: torch.dtype) -> KVCache:
     return KVCache(torch.randn(shape, generator=generator).to(dtype))
 
 
-def make_step() -> Batch:
-    """A decode across a page's border, a first token, and a chunk of a prompt."""
+def make_step(num_padded_tokens: int = 0) -> Batch:
+    """A decode across a page's border, a first token, and a chunk of a prompt: 7 tokens."""
     rows = [Row([1], 8, [3, 5, 1], 1), Row([2], 0, [2], 1), Row([3, 4, 5, 6, 7], 3, [7, 4], 1)]
-    return make_batch(rows, PAGE_SIZE)
+    return make_batch(rows, PAGE_SIZE, num_padded_tokens=num_padded_tokens)
 
 
 def run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, batch: Batch) -> tuple[Tensor, KVCache]:
@@ -120,3 +121,31 @@ def test_what_does_not_fit_is_refused_and_nothing_written() -> None:
         with pytest.raises(ValueError):
             block(*arguments)
     assert torch.equal(cache.data, data)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+def test_tokens_that_pad_a_step_leave_what_the_last_of_them_wrote(num_threads: int, cache_dtype: torch.dtype) -> None:
+    block, rope_layer = make_block("llama", torch.float32)
+    # Threads take 82 tokens at a time, here: the last one by itself, which is done before those in front of it are.
+    batch, cache = make_step(82 * 8 + 1 - 7), make_cache(cache_dtype)
+    x = torch.randn(len(batch.tokens), 72, generator=torch.Generator().manual_seed(3))
+    rope = rope_layer(batch)
+    expected, expected_cache = run(block, x, rope, cache, batch)
+    block.fuse()
+    for _ in range(10):
+        found, found_cache = run(block, x, rope, cache, batch)
+        assert torch.equal(found, expected)
+        for a, b in zip(found_cache.tensors, expected_cache.tensors, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_step_without_tokens_gives_nothing() -> None:
+    block, rope_layer = make_block("gemma2", torch.float32)
+    block.fuse()
+    library.configure()  # new threads, whose memory nobody has used
+    rows, cache = make_step(), make_cache(torch.float32)
+    names = ("tokens", "positions", "slot", "row", "rope_length", "kv_length", "page_table")
+    batch = replace(rows, query_start=rows.query_start[:1], **{name: getattr(rows, name)[:0] for name in names})
+    before = cache.data.clone()
+    assert block(torch.empty(0, 72), rope_layer(batch), cache, batch).shape == (0, 72)
+    assert torch.equal(cache.data, before)

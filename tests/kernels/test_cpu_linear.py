@@ -143,6 +143,15 @@ def test_a_given_input_scale_cuts_off_what_is_beyond_it(level):
     assert_close(linear(x, prepare(weight), None), exact(x, weight))
 
 
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, -0x0001, 0x7F81])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_input_scale_hides_nothing_that_is_not_a_number(level, dtype, bits):
+    weight = replace(make_weight("fp8_w8a8", 70, 128), input_scale=torch.ones(1))
+    x = make_input(3, 128, torch.bfloat16)
+    x.view(torch.int16)[1, 77] = bits
+    assert linear(x.to(dtype), prepare(weight), None).isnan().all(1).tolist() == [False, True, False]
+
+
 def test_zeros_of_groups(level):
     generator = torch.Generator().manual_seed(1)
     values = torch.randint(0, 256, (70, 64), generator=generator).to(torch.uint8)

@@ -108,6 +108,15 @@ def test_greedy_is_the_first_of_the_largest(level, columns):
     assert greedy(-logits.abs() - 1).tolist() == [row.tolist().index(row.max()) for row in -logits.abs() - 1]
 
 
+@pytest.mark.parametrize("lane", [0, 15, 255, 256, 300])
+def test_greedy_passes_over_what_is_not_a_number(level, lane):
+    logits = torch.zeros(4, 400)
+    logits[:, lane] = torch.nan
+    logits[torch.arange(4), torch.tensor([3, 16, 254, 399])] = 9.0
+    assert greedy(logits).tolist() == [3, 16, 254, 399]
+    assert greedy(torch.tensor([[torch.nan, 1.0, 2.0, 9.0]])).tolist() == [3]
+
+
 def test_temperature_zero_is_greedy_in_a_mixed_batch(level):
     logits, p = random(6, 300), params(6, top_p=0.9)
     p.temperature[::2] = 0

@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from torchinfer.kernels.cuda import matmul
 from torchinfer.kernels.cuda.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
 from torchinfer.kernels.cuda.matmul_kernel import sum_splits_kernel
+from torchinfer.kernels.cuda.matrix import is_supported
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.tiles import LEAST_SPAN, Product, choose_tiles, num_processors
 from torchinfer.kernels.reference.dequantize import dequantize
@@ -67,13 +67,13 @@ def splits_of(x: Tensor, num_outputs: int, num_matrices: int = 1) -> int:
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [(s, torch.bfloat16) for s in SHAPES] + [(SHAPES[2], torch.float16)])
-@pytest.mark.parametrize("name", ["int8", "int4", "int4_g64", "fp8", "fp8_block", "int8_w8a8", "fp8_w8a8"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4_g64", "fp8", "fp8_block", "int8_w8a8", "fp8_w8a8", "int4_w4a8"])
 def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     rows, inputs, outputs, splits = shape
     if SCHEMES[name].column_block:
         inputs = -(-inputs // 128) * 128
     x, weight = make_input(rows, inputs, dtype), make_weight(name, outputs, inputs)
-    assert matmul.is_supported(x, weight) and splits_of(x, outputs) == splits
+    assert is_supported(x, weight) and splits_of(x, outputs) == splits
     actual = quantized_matmul(x.to(gpu), on(gpu, weight)).cpu()
     assert actual.dtype == dtype
     assert_close(actual, exact(x, weight))

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from torchinfer import SamplingParams, kernels
+from torchinfer.batch import Batch, KVCache
 from torchinfer.kv_cache.tensors import make_layer
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.models import build_model
@@ -95,11 +96,14 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     table = {}
     for op, backends in kernels.PORTS.items():
+        if op in kernels.COMPOSED and "cuda" not in backends:
+            continue
         port = "cuda" if "cuda" in backends else "reference"
         table[op] = getattr(import_module(f"torchinfer.kernels.{port}.{op}"), op)
     norm: Any = import_module("torchinfer.kernels.cuda.rms_norm")
     monkeypatch.setattr(type(norm.rms_norm_kernel), "__getitem__", at_grid)
     monkeypatch.setitem(kernels._loaded, "meta", table)
+    monkeypatch.setitem(kernels._folders, "meta", "cuda")
     yield found
 
 
@@ -111,6 +115,7 @@ def make_runner(name: str, scheme: str | None, cache: torch.dtype, moe_mode: str
     if scheme is not None:
         quantize_model(model, scheme, torch.device("cpu"))
     model.to(META, torch.bfloat16)
+    model.prepare()
     caches = [
         make_layer(config, 40, 16, cache, None, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=META))
         for _ in range(config.num_layers)
@@ -205,6 +210,21 @@ def test_no_step_waits_for_the_device(
     assert counted.num_in == 1 + 4 * ("repetition_penalty" in params) and len(launched.ids) == 3
     names = [name for name, _, _ in launches]
     assert names.count("sample_kernel") == ("top_p" in params)
+
+
+@pytest.mark.parametrize("heads", [(71, 1), (8, 2)])
+def test_a_step_of_many_tokens_is_within_the_limits_of_a_grid(heads: tuple[int, int], launches: list[Any]) -> None:
+    num_tokens, (num_heads, num_kv_heads) = 200_000, heads
+    ints = torch.empty(2, dtype=torch.int32, device=META)
+    batch = Batch(*[ints] * 6, ints[:1], ints.view(1, 2), 16, 0, 0, ((0, 0, num_tokens, num_tokens),))
+    query = torch.empty(num_tokens, num_heads, 64, dtype=torch.bfloat16, device=META)
+    kv_cache = KVCache(torch.empty(2, 9, 16, num_kv_heads, 64, dtype=torch.bfloat16, device=META))
+    kernels.paged_attention(query, kv_cache, batch, scale=0.1)
+    kernels.write_kv_pages(query[:, :num_kv_heads], query[:, :num_kv_heads], kv_cache, query[:, 0, 0].int())
+    kernels.rms_norm(query, query[0, 0], 1e-6)
+    assert {name for name, _, _ in launches} == {"chunk_kernel", "write_kernel", "rms_norm_kernel"}
+    for name, grid, _ in launches:
+        assert all(size <= 65_535 for size in grid[1:]) and grid[0] < 2**31, (name, grid)
 
 
 PROGRAM = """

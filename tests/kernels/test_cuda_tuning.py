@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 pytest.importorskip("triton")
 
 from torchinfer.kernels.cuda import matmul
-from torchinfer.kernels.cuda.matmul import as_matrix, device_name, multiply_rows, product_of, tiles_for
+from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
+from torchinfer.kernels.cuda.matmul import device_name, multiply_rows, product_of, tiles_for
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
+from torchinfer.kernels.cuda.matrix import as_matrix
+from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.tiles import Tiles, choose_tiles
 from torchinfer.kernels.cuda.tuned_table import ROWS, Launch, Tuned, load_table, save_entry
-from torchinfer.kernels.cuda.tuning import search
+from torchinfer.kernels.cuda.tuning import least_library_rows, search
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
@@ -35,6 +39,7 @@ ENTRY = {
     "inputs": INPUTS,
     "matrices": 1,
     "splits": 4,
+    "library_rows": 0,
     "launches": {"8": {"outputs": 32, "warps": 1, "stages": 3}},
 }
 
@@ -94,8 +99,8 @@ def test_an_entry_that_is_saved_again_is_replaced_and_others_stay(tmp_path: Path
     path, keys = tmp_path / "table.json", [("a card", "int8", 64, inputs, 1) for inputs in (128, 256)]
     save_entry(path, keys[0], Tuned(2, {}))
     save_entry(path, keys[1], TUNED)
-    save_entry(path, keys[0], Tuned(1, {64: Launch(128, 4, 3)}))
-    assert load_table(path) == {keys[0]: Tuned(1, {64: Launch(128, 4, 3)}), keys[1]: TUNED}
+    save_entry(path, keys[0], Tuned(1, {64: Launch(128, 4, 3)}, 1024))
+    assert load_table(path) == {keys[0]: Tuned(1, {64: Launch(128, 4, 3)}, 1024), keys[1]: TUNED}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,7 @@ def test_an_entry_that_is_saved_again_is_replaced_and_others_stay(tmp_path: Path
         (ENTRY | {"launches": {"7": {}}}, "rows of .* is '7', but must be one of"),
         (ENTRY | {"launches": {"8": {"outputs": 32}}}, "8 rows of .* an object of outputs, warps, stages"),
         (ENTRY | {"launches": {"8": {"outputs": 48, "warps": 2, "stages": 3}}}, "outputs for 8 rows of .* is 48"),
+        (ENTRY | {"library_rows": 64}, "library_rows of .* is 64, but must be a whole number above 64, or 0 for never"),
         ({"format": "int8"}, "an entry of a card is .* an object of format, inputs, launches"),
         (None, "an entry of a card is None"),
     ],
@@ -147,7 +153,48 @@ def test_the_search_finds_the_fastest_launches_that_fit(gpu: str) -> None:
         return 1.0 + lost + (0.5 * (tiles.splits != wanted) if rows < 128 else 0)
 
     product = product_of(inputs[8].to(gpu), matrix)
-    assert search(product, 132, seconds) == Tuned(2, {rows: Launch(*choice) for rows, choice in best.items()})
+    expected_launches = {rows: Launch(*choice) for rows, choice in best.items()}
+    assert search(product, 132, seconds, lambda rows: None) == Tuned(2, expected_launches)
+
+
+@pytest.mark.parametrize(
+    ("wins", "expected"), [((), 0), ((4096,), 4096), ((256, 4096), 4096), ((256, 1024, 4096), 256), ((256, 1024), 0)]
+)
+def test_the_library_has_all_rows_from_those_on_where_it_is_faster(wins: tuple[int, ...], expected: int) -> None:
+    tiles = Tiles(128, 128, 64, 8, 3)
+    assert least_library_rows(tiles, lambda rows, _: 2.0, lambda rows: 1.0 if rows in wins else 3.0) == expected
+    assert least_library_rows(tiles, lambda rows, _: 2.0, lambda rows: None) == 0
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8_w8a8", torch.bfloat16), ("fp8_w8a8", torch.float16), ("fp8", None)])
+def test_products_of_many_rows_are_the_library_s_if_the_table_says_so(
+    name: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    whole, tuned = make_weight(name), Tuned(1, {}, 256)
+    weight = on("meta", replace(whole, values=whole.values[:32], scale=whole.scale[:32]))
+    key = "meta", as_matrix(weight).format, 32, INPUTS, 1
+    monkeypatch.setattr(matmul, "load_table", lambda: {key: tuned})
+
+    def note(kernel: Any, grid: Any) -> Any:
+        return lambda *a, **named: launched.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(type(matmul_kernel), "__getitem__", note)
+    for rows in (255, 256):
+        x = make_input(rows).to("meta", dtype or torch.bfloat16)
+        assert quantized_matmul(x, weight).shape == (rows, 32)
+    is_library_s = dtype == torch.bfloat16
+    assert launched.count("matmul_kernel") == (1 if is_library_s else 2)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_the_library_computes_the_same(gpu: str) -> None:
+    weight = SCHEMES["fp8_w8a8"].weight(dict(SCHEMES["fp8_w8a8"].pack(torch.randn(64, INPUTS, device=gpu))), INPUTS, ())
+    matrix = as_matrix(weight)
+    x, row_scale = quantize_rows(make_input(300).to(gpu), torch.float8_e4m3fn)
+    assert has_library(matrix, torch.bfloat16)
+    expected = x.double() @ dequantize(weight).double().T * row_scale.double()[:, None]
+    assert_close(library_matmul(x, row_scale, matrix), expected, torch.bfloat16)
 
 
 def test_the_script_writes_a_table(tmp_path: Path) -> None:
@@ -157,3 +204,12 @@ def test_the_script_writes_a_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     ((key, tuned),) = load_table(path).items()
     assert key == ("cpu", "int8", 40, 256, 1) and set(tuned.launches) == set(ROWS)
+
+
+def test_a_launch_that_does_not_compile_is_passed_over(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    timer: Any = import_module("cuda_tune").timer
+    seconds = timer([as_matrix(on(gpu, make_weight("int4")))])
+    tiles = Tiles(8, 32, 128, 2, 3, 1, True)
+    assert seconds(8, tiles) > 0
+    assert seconds(8, replace(tiles, inputs=32)) is None  # products of 8 inputs, which the matrix unit does not have

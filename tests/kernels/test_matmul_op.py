@@ -150,7 +150,7 @@ def test_the_fake_has_the_shape_of_the_result() -> None:
     from torchinfer.kernels.tpu.packed_weight import PackedWeight
 
     with FakeTensorMode():
-        words, scale = torch.empty(2, 16, 96, dtype=torch.int32), torch.empty(2, 1, 96)
+        words, scale = torch.empty(2, 16, 128, dtype=torch.int32), torch.empty(2, 1, 128)
         weight = PackedWeight((2, 96, 64), "int8", words, scale, None, "none", None, 0)
         x, sizes = torch.empty(3, 64, dtype=torch.bfloat16), torch.empty(2, dtype=torch.int32)
         found = [matmul(x, weight, sizes, activation) for activation in (None, "silu")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from jax import numpy as jnp  # noqa: E402
 from jax._src.pallas.mosaic import interpret  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
+from torchinfer.kernels.tpu.attention_chunk import token_of_row  # noqa: E402
 from torchinfer.kernels.tpu.page_layout import PAGE_SIZE, PageLayout  # noqa: E402
 from torchinfer.kernels.tpu.page_packing import pack_pages, unpack_pages  # noqa: E402
 from torchinfer.kernels.tpu.ragged_attention import (  # noqa: E402
@@ -50,8 +52,9 @@ def bits_of(array: Any) -> np.ndarray[Any, Any]:
     return np.asarray(array).view(np.dtype(f"u{array.dtype.itemsize}"))
 
 
-def make_case(rows, heads, kv_heads, size, dtype):
-    """Query, new keys and values, the cache before and after them, and the batch; slots of nobody are poisoned."""
+def make_case(rows, heads, kv_heads, size, dtype, sink=None):
+    """Query, new keys and values, the cache before and after them, and the batch; slots of nobody are poisoned. With a
+    `sink` the first token's score is by so much larger than the others', which are near each other, as are values."""
     num_pages = 2 + sum(-(-(new + old) // PAGE_SIZE) for new, old in rows)
     free = (torch.randperm(num_pages - 1) + 1).tolist()
     cache = poisoned_cache((2, num_pages, PAGE_SIZE, kv_heads, size), DTYPES[dtype])
@@ -59,6 +62,11 @@ def make_case(rows, heads, kv_heads, size, dtype):
     for new, length in rows:
         pages = [free.pop() for _ in range(-(-(new + length) // PAGE_SIZE))]
         context = torch.randn(2, new + length, kv_heads, size) * torch.rand(2, new + length, kv_heads, 1) * 3
+        if sink is not None:
+            context[0] /= 10
+            context[0, :, :, 0] = 0
+            context[0, :1, :, 0] = sink
+            context[1] += 1
         slots = [pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE for at in range(new + length)]
         old.append((context[:, :length], slots[:length]))
         new_keys.append(context[:, length:])
@@ -71,12 +79,14 @@ def make_case(rows, heads, kv_heads, size, dtype):
     num_live = new.shape[1] - NUM_PADDED
     write_kv_pages(*new[:, :num_live], after, batch.slot[:num_live])
     query = torch.randn(new.shape[1], heads, size)
+    if sink is not None:
+        query[:, :, 0] = size**0.5
     return query, new, cache, after, batch
 
 
-def run(rows, heads, kv_heads, size, dtype, num_cores=1, fetch_pages=2, **options):
+def run(rows, heads, kv_heads, size, dtype, num_cores=1, fetch_pages=2, sink=None, **options):
     """The kernel's output, the reference's, and the pages after the step, the kernel's and the reference's."""
-    query, new, before, after, batch = make_case(rows, heads, kv_heads, size, dtype)
+    query, new, before, after, batch = make_case(rows, heads, kv_heads, size, dtype, sink)
     layout = PageLayout(kv_heads, size, dtype)
     config = make_config(layout, heads, num_cores=num_cores, fetch_pages=fetch_pages, **options)
     if before.scale is None:
@@ -126,7 +136,9 @@ def assert_equal(actual, expected, pages, expected_pages, dtype):
     ("heads", "kv_heads", "size", "dtype", "options"),
     [
         (4, 2, 128, "int8", {}),
-        (4, 4, 64, "int8", {"window": 100}),
+        (4, 4, 80, "int8", {"window": 100}),
+        (3, 1, 96, "int8", {"window": 130}),
+        (4, 2, 256, "int8", {"soft_cap": 1.5}),
         (6, 2, 80, "float8_e4m3fn", {"window": 1}),
         (5, 1, 96, "bfloat16", {"soft_cap": 1.5}),
         (2, 1, 256, "bfloat16", {"window": 130}),
@@ -135,6 +147,16 @@ def assert_equal(actual, expected, pages, expected_pages, dtype):
 )
 def test_a_mixed_step_equals_the_reference_and_writes_the_cache(heads, kv_heads, size, dtype, options):
     assert_equal(*run(MIXED, heads, kv_heads, size, dtype, **options), dtype)
+
+
+def test_a_sequence_of_8192_tokens_among_60_short_ones():
+    """Its first token weighs as much as all others together: they are not lost, though each is far below it."""
+    rows = [(1, size % 90) for size in range(60)]
+    rows.insert(31, (1, 8191))
+    actual, expected, pages, expected_pages = run(rows, 2, 1, 64, "int8", fetch_pages=16, sink=math.log(8191))
+    np.testing.assert_array_equal(np.asarray(pages)[1:], np.asarray(expected_pages)[1:])
+    error = np.abs(actual - expected).max((1, 2)) / np.abs(expected).max((1, 2)).clip(min=1e-6)
+    assert (error[: len(rows)] < 2**-8).all()
 
 
 def test_a_long_sequence_among_short_ones_over_two_cores():
@@ -151,6 +173,12 @@ def test_query_blocks_of_one_row_see_what_the_ones_before_wrote(heads, kv_heads,
 
 def test_a_query_block_of_many_tiles_sees_all_before_each_token_and_no_more_than_its_window():
     assert_equal(*run(PREFILLS, 16, 2, 64, "int8", fetch_pages=2, window=50), "int8")
+
+
+@pytest.mark.parametrize("group_size", range(1, 129))
+def test_rows_of_a_group_are_of_one_token(group_size):
+    rows = np.arange(2**11, dtype=np.int32)
+    np.testing.assert_array_equal(token_of_row(rows, group_size), rows // group_size)
 
 
 def test_scales_of_more_heads_than_a_row_has_lanes():

@@ -22,7 +22,7 @@ from jax._src.pallas.mosaic import interpret  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
 from torchinfer.kernels.tpu import sample_op  # noqa: E402
-from torchinfer.kernels.tpu.sample_kernel import MAX_VOCABULARY, sample_tokens  # noqa: E402
+from torchinfer.kernels.tpu.sample_kernel import CHUNK, CHUNKS_AT_ONCE, MAX_VOCABULARY, sample_tokens  # noqa: E402
 
 STRICT = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", dma_execution_mode="on_wait"
@@ -67,6 +67,14 @@ def assert_drawn(ids: torch.Tensor, logits: torch.Tensor, p: SamplingTensors) ->
 
 def test_draws_what_the_definition_says() -> None:
     logits, p = torch.randn(13, 2100) * 2, mixed(13)  # rows and columns behind the last whole block
+    assert_drawn(draw(logits, p), logits, p)
+
+
+def test_a_vocabulary_of_several_rounds_of_chunks_and_a_rest() -> None:
+    size = 5 * CHUNK + 60
+    assert size // CHUNK > CHUNKS_AT_ONCE
+    logits, p = torch.randn(8, size) * 2, mixed(8)
+    p.uniform[0] = 1 - 2**-12  # behind the last whole chunk
     assert_drawn(draw(logits, p), logits, p)
 
 

@@ -12,7 +12,8 @@ import torch
 from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.reference.grouped_matmul import grouped_matmul
-from torchinfer.kernels.reference.quantized_matmul import quantized_matmul
+from torchinfer.kernels.reference.quantize_rows import quantize_rows
+from torchinfer.kernels.reference.quantized_matmul import DTYPES, quantized_matmul
 from torchinfer.kernels.tpu.packed_weight import PackedWeight, prepare
 from torchinfer.kernels.tpu.word_layout import NUMBERS_IN_WORD
 from torchinfer.quantization import SCHEMES
@@ -48,21 +49,32 @@ def random_experts(name: str, num_experts: int, rows: int, columns: int) -> torc
     return replace(experts[0], values=values, scale=torch.stack([expert.scale for expert in experts]))
 
 
-def config_of(weight: PackedWeight, num_rows: int, activation: str | None = None, num_cores: int = 1) -> MatmulConfig:
+def config_of(
+    weight: PackedWeight, num_rows: int, activation: str | None = None, planes: int | None = None, **options: Any
+) -> MatmulConfig:
     numbers = weight.words.shape[1] * NUMBERS_IN_WORD[weight.name]
-    shape = (weight.words.shape[0], numbers, weight.words.shape[2])
-    planes = 2 if weight.name in ("int8", "int4") else 1
-    return make_config(weight.name, shape, weight.scale.shape[1], num_rows, planes, activation, num_cores=num_cores)
+    shape = (weight.words.shape[0], numbers, weight.shape[-2])
+    planes = planes or (2 if weight.name in ("int8", "int4") else 1)
+    return make_config(weight.name, shape, weight.scale.shape[1], num_rows, planes, activation, **options)
 
 
-def run(x: torch.Tensor, weight: PackedWeight, sizes: list[int] | None, config: MatmulConfig) -> Any:
+def run(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    sizes: list[int] | None,
+    config: MatmulConfig,
+    input_scale: torch.Tensor | None = None,
+) -> Any:
+    """The kernel's result in float32, of as many cores as share the blocks, which all run at the same time."""
     function = jax.jit(streamed_matmul, static_argnames=("config", "interpret"))
-    arrays = [None if each is None else jnp.asarray(each.numpy()) for each in (x, weight.words, weight.scale)]
-    group_sizes = None if sizes is None else jnp.asarray(sizes, jnp.int32)
-    shift = None if weight.shift is None else jnp.asarray(weight.shift.numpy())
-    result = np.asarray(function(*arrays, group_sizes, None, shift, config=config, interpret=STRICT))
+    tensors = (weight.words, weight.scale, None if sizes is None else torch.tensor(sizes, dtype=torch.int32))
+    arrays = [None if each is None else jnp.asarray(each.numpy()) for each in (*tensors, input_scale, weight.shift)]
+    numbers = jnp.asarray(x.float().numpy(), jnp.dtype(str(x.dtype).removeprefix("torch.")))
+    strict = replace(STRICT, num_cores_per_device=config.used_cores)
+    result = np.asarray(function(numbers, *arrays, config=config, interpret=strict))
     assert interpret.races is not None and not interpret.races.races_found
-    return result
+    assert result.dtype == jnp.dtype(config.result_dtype)
+    return result.astype(np.float32)
 
 
 def assert_near(actual: Any, expected: torch.Tensor, name: str) -> None:
@@ -84,13 +96,45 @@ def assert_near(actual: Any, expected: torch.Tensor, name: str) -> None:
         ("int8", 130, 100, 40),  # two tiles of rows
     ],
 )
-def test_a_product_equals_the_reference(name: str, num_rows: int, columns: int, rows: int) -> None:
+def test_a_product_of_float_inputs_equals_the_reference(name: str, num_rows: int, columns: int, rows: int) -> None:
     weight, x = random_weight(name, rows, columns), torch.randn(num_rows, columns) * torch.rand(num_rows, 1) * 9
     prepared = prepare(weight, num_cores=1)
     assert prepared is not None
     config = config_of(prepared, num_rows)
     assert rows < 128 or config.num_blocks > 1
     assert_near(run(x, prepared, None, config), quantized_matmul(x, weight), name)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.02])
+@pytest.mark.parametrize("name", ["int8_w8a8", "int4_w4a8", "fp8_w8a8"])
+def test_a_product_of_inputs_of_8_bits_equals_the_reference(name: str, input_scale: float | None) -> None:
+    """With a scale for each row, or one for all, which cuts some inputs off."""
+    weight, x = random_weight(name, 200, 256), torch.randn(9, 256) * torch.rand(9, 1) * 9
+    weight = replace(weight, input_scale=None if input_scale is None else torch.tensor([input_scale]))
+    prepared = prepare(weight, num_cores=1)
+    assert prepared is not None
+    numbers, scale = quantize_rows(x, DTYPES[weight.activations], weight.input_scale)
+    numbers = numbers.to(torch.bfloat16) if weight.activations == "fp8" else numbers
+    actual = run(numbers, prepared, None, config_of(prepared, 9, planes=1), scale.expand(9))
+    assert_near(actual, quantized_matmul(x, weight), "int8")  # exact but for the order of sums
+
+
+def test_two_planes_hold_more_of_float32_inputs_than_bfloat16() -> None:
+    weight, x = random_weight("fp8", 140, 192), torch.randn(9, 192)
+    prepared = prepare(weight, num_cores=1)
+    assert prepared is not None
+    assert_near(run(x, prepared, None, config_of(prepared, 9, planes=2)), quantized_matmul(x, weight), "int8")
+
+
+def test_results_of_bfloat16_are_those_of_float32_rounded() -> None:
+    """Also where an expert's rows join those of others in a tile."""
+    sizes, weight, x = [3, 0, 20, 1, 0], random_experts("int8", 5, 144, 128), torch.randn(40, 128)
+    prepared = prepare(weight, num_cores=1)
+    assert prepared is not None
+    config = config_of(prepared, 40)
+    whole = torch.from_numpy(run(x, prepared, sizes, config))
+    rounded = run(x, prepared, sizes, replace(config, result_dtype="bfloat16"))
+    np.testing.assert_array_equal(rounded, whole.to(torch.bfloat16).float().numpy())
 
 
 @pytest.mark.parametrize(("name", "columns"), [("int4", 256), ("int4_g32", 96)])
@@ -108,6 +152,7 @@ def test_zeros_of_a_scheme_are_subtracted(name: str, columns: int) -> None:
         ("int8", [3, 0, 20, 1, 0]),  # an expert in three tiles, rows of nobody
         ("int8", [0, 0, 0, 40, 0]),
         ("int4", [8, 8, 8, 8, 8]),
+        ("fp8", [0, 9, 0, 20, 2]),
         ("fp8", [0, 0, 0, 0, 0]),
         ("bfloat16", [1, 1, 0, 0, 1]),
     ],
@@ -124,7 +169,15 @@ def test_experts_equal_the_reference_and_rows_of_nobody_are_zero(name: str, size
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "activation", "num_blocks"), [("int8", 512, "silu", 2), ("bfloat16", 176, "gelu_tanh", 1)]
+    ("name", "rows", "activation", "num_blocks"),
+    [
+        ("int8", 512, "silu", 2),
+        ("bfloat16", 176, "gelu_tanh", 1),
+        ("int8", 192, "silu", 1),  # halves that are no whole tiles
+        ("int8", 60, "gelu", 1),
+        ("int4", 192, "silu", 1),
+        ("fp8", 192, "silu", 1),
+    ],
 )
 def test_gate_up_and_activation_in_one_pass(name: str, rows: int, activation: str, num_blocks: int) -> None:
     sizes, weight, x = [7, 0, 2], random_experts(name, 3, rows, 128), torch.randn(10, 128)
@@ -170,10 +223,20 @@ def test_a_row_has_the_same_bits_in_any_batch() -> None:
 def test_words_hold_the_numbers(name: str) -> None:
     weight = random_weight(name, 24, 128)
     prepared = prepare(weight, num_cores=1)
-    assert prepared is not None and prepared.num_bytes == prepared.words.numel() * 4 + 4 * 24 * prepared.scale.shape[1]
+    assert prepared is not None
     numbers = np.asarray(numbers_of(jnp.asarray(prepared.words[0].numpy()), prepared.name))
     scale = prepared.scale[0].repeat_interleave(128 // prepared.scale.shape[1], 0).numpy()
-    np.testing.assert_allclose(numbers * scale, dequantize(weight).T.numpy(), rtol=1e-6)
+    np.testing.assert_allclose((numbers * scale)[:, :24], dequantize(weight).T.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("outputs", "padded"), [(24, 128), (128, 128), (192, 256)])
+def test_columns_of_words_and_scales_are_padded_with_zeros_to_whole_lanes(outputs: int, padded: int) -> None:
+    """Others XLA would keep in another layout, and copy for the kernel."""
+    prepared = prepare(random_experts("int8", 2, outputs, 100), num_cores=1)
+    assert prepared is not None
+    assert (prepared.words.shape, prepared.scale.shape) == ((2, 32, padded), (2, 1, padded))
+    assert prepared.num_bytes == 2 * 33 * padded * 4
+    assert not prepared.words[..., outputs:].any() and not prepared.scale[..., outputs:].any()
 
 
 @pytest.mark.parametrize("num_rows", [1, 24, 300])

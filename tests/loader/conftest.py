@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from itertools import count
@@ -16,11 +17,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torchinfer.fake_gcs import Behaviour, FakeGcs
 from torchinfer.loader import Checkpoint, LoadOptions, load_model
 from torchinfer.loader.folder import FileReader, FolderSource
 from torchinfer.loader.gcs import GcsSource
+from torchinfer.loader.memory import allocate
 from torchinfer.loader.retry import RetryPolicy
 from torchinfer.loader.source import FileStat
 from torchinfer.models.config import ModelConfig
@@ -167,6 +170,7 @@ class Bed:
     patch: pytest.MonkeyPatch
     gcs: FakeGcs | None
     connections: list[HTTPConnection] = field(default_factory=list)
+    memory: list[tuple[int, StorageWeakRef]] = field(default_factory=list)  # bytes taken for parameters and staging
     shards: tuple[str, ...] = tuple(f"model-{number}-of-4.safetensors" for number in (1, 2, 3, 4))
     stall_seconds: float = 0.3
     on_retry: Callable[[], object] = lambda: None
@@ -206,13 +210,21 @@ class Bed:
     def reader_threads(self) -> list[threading.Thread]:
         return [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "header"))]
 
-    def left(self) -> list[object]:
-        """What a load should not leave behind: threads, open files, connections that bring bytes."""
+    def left(self, kept: Iterable[Tensor] = ()) -> list[object]:
+        """What a load should not leave behind: threads, open files, connections that bring bytes, and memory, but for
+        that of the tensors that were loaded."""
         found: list[object] = [*self.reader_threads()]
         if self.gcs is None:  # the server has its own open files
             links = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
             found += [link for link in links if link.startswith(str(self.folder))]
-        return found + [connection for connection in self.connections if connection.sock is not None]
+        found += [connection for connection in self.connections if connection.sock is not None]
+        return found + self.live_memory(kept)
+
+    def live_memory(self, kept: Iterable[Tensor] = ()) -> list[int]:
+        """The sizes of what loads have taken and not freed, in bytes."""
+        gc.collect()  # an error's traceback holds the frames of the load
+        places = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in kept}
+        return [size for size, memory in self.memory if not memory.expired() and memory.cdata not in places]
 
 
 @pytest.fixture(params=["folder", "gs"])
@@ -235,6 +247,7 @@ def bed(
 ) -> Iterator[Bed]:
     found = Bed(tmp_path, config, llama_tensors, write_shards, on_read, monkeypatch, None)
     found.write(llama_tensors)
+    record_memory(found)
 
     def delay(policy: RetryPolicy, failures: int) -> float:
         found.on_retry()
@@ -260,3 +273,12 @@ def record_connections(bed: Bed) -> None:
             bed.connections.append(self)
 
     bed.patch.setattr("torchinfer.loader.gcs_stream.HTTPConnection", Recorded)
+
+
+def record_memory(bed: Bed) -> None:
+    def recorded(num_bytes: int) -> Tensor:
+        memory = allocate(num_bytes)
+        bed.memory.append((num_bytes, StorageWeakRef(memory.untyped_storage())))
+        return memory
+
+    bed.patch.setattr("torchinfer.loader.memory.allocate", recorded)

@@ -6,21 +6,26 @@ its own, so that a new process starts without pytest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from torchinfer.errors import CheckpointError
+from torchinfer.errors import CheckpointError, DeviceError, TorchinferError
 from torchinfer.loader import Checkpoint, LoadOptions, load_weights
-from torchinfer.loader.exchange import Peers
+from torchinfer.loader.exchange import Exchange
 from torchinfer.loader.folder import FileReader, FolderSource
+from torchinfer.loader.rounds import Peers
 from torchinfer.loader.source import FileStat
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
@@ -62,6 +67,33 @@ def local_model(config: ModelConfig, world: int) -> Decoder:
         )
 
 
+@contextlib.contextmanager
+def broken(fault: str | None) -> Iterator[None]:
+    """This process has no memory to receive into, or fails after the others have made their connections."""
+    connect = dist.all_reduce
+
+    def break_down(*arguments: Any, **options: Any) -> None:
+        connect(*arguments, **options)
+        raise RuntimeError("NCCL is broken")
+
+    def allocate(num_bytes: int) -> torch.Tensor:
+        raise DeviceError("out of memory")
+
+    with contextlib.ExitStack() as stack:
+        if fault == "no connection":
+            stack.enter_context(mock.patch.object(dist, "all_reduce", break_down))
+        if fault == "no memory":
+            stack.enter_context(mock.patch("torchinfer.loader.memory.allocate", allocate))
+        yield
+
+
+@contextlib.contextmanager
+def on_device(is_wanted: bool) -> Iterator[None]:
+    """Transfers go the way of those between devices, though they are the CPU."""
+    with mock.patch.object(Exchange, "_is_on_device", True) if is_wanted else contextlib.nullcontext():
+        yield
+
+
 def load(case: dict[str, Any], shard: Shard) -> dict[str, Any]:
     """The parameters and the report, or the error."""
     fault = case.get("fault") if shard.rank == case.get("faulty_rank", 1) else None
@@ -71,12 +103,17 @@ def load(case: dict[str, Any], shard: Shard) -> dict[str, Any]:
     model = local_model(config, shard.world)
     assert dist.group.WORLD is not None
     peers = Peers(dist.group.WORLD, case.get("block_bytes"), case.get("smallest_bytes", 1))
+    if fault == "missing tensor":
+        tensors = {name: entry for name, entry in checkpoint.tensors.items() if name != "model.norm.weight"}
+        checkpoint = replace(checkpoint, tensors=tensors)
     options = LoadOptions(memory=case.get("memory", 64 << 20), exchange=case.get("exchange"))
     dtype = getattr(torch, case.get("dtype", "float32"))
+    start = time.monotonic()
     try:
-        report = load_weights(model, checkpoint, dtype, torch.device("cpu"), False, options, shard, peers)
-    except CheckpointError as error:
-        return {"error": str(error)}
+        with broken(fault), on_device(case.get("is_on_device", False)):
+            report = load_weights(model, checkpoint, dtype, torch.device("cpu"), False, options, shard, peers)
+    except TorchinferError as error:
+        return {"error": str(error), "seconds": time.monotonic() - start}
     return {"state": model.state_dict(), "report": report}
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader.checksum import SUMS, Checksums, combine, crc32c, part_of, read_sums
+from torchinfer.loader.checksum import SUMS, Checksums, Part, add_part, combine, crc32c, read_sums
 from torchinfer.loader.folder import FolderSource
 from torchinfer.loader.source import FileStat
 
@@ -34,14 +34,24 @@ def test_parts_make_the_whole() -> None:
         assert combined == crc32c(octets(first + second))
 
 
+def test_neighbouring_parts_are_one_and_others_are_not() -> None:
+    content = random.Random(2).randbytes(1000)
+    parts: list[Part] = []
+    for begin, end in ((100, 300), (300, 300), (300, 450), (500, 600)):
+        add_part(parts, begin, octets(content[begin:end]))
+    assert parts == [(100, 450, crc32c(octets(content[100:450]))), (500, 600, crc32c(octets(content[500:600])))]
+
+
 def test_files_are_checked_whatever_the_order_of_their_parts() -> None:
     content = random.Random(1).randbytes(1000)
     sums = Checksums({"a": crc32c(octets(content)), "b": 7})
     stats = {"a": FileStat(1000, "")}
+    parts: list[Part] = []
     for begin in (400, 0, 700):
-        sums.add("a", part_of(begin, octets(content[begin : {400: 700, 0: 400, 700: 1000}[begin]])))
+        add_part(parts, begin, octets(content[begin : {400: 700, 0: 400, 700: 1000}[begin]]))
+    sums.add("a", *parts)
     sums.check(stats)
-    sums.add("b", part_of(0, octets(b"xyz")))
+    sums.add("b", (0, 3, crc32c(octets(b"xyz"))))
     with pytest.raises(CheckpointError, match=r"1 files do not have their CRC32C: b has [0-9a-f]{8}, 00000007 is"):
         sums.check({**stats, "b": FileStat(3, "")})
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader import Checkpoint, LoadOptions, load_weights
-from torchinfer.loader.exchange import Peers, find_peers
 from torchinfer.loader.placement import Placement, place
+from torchinfer.loader.rounds import Peers, find_peers
 from torchinfer.loader.sharing import choose_exchange, plan_shared
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
@@ -89,6 +89,11 @@ def outcome(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_f
         "small read by all": {"folder": llama, **together, "smallest_bytes": 1 << 20},
         "broken": {"folder": llama, **together, "fault": "error"},
         "late": {"folder": llama, **together, "fault": "late error"},
+        "missing tensor": {"folder": llama, **together, "fault": "missing tensor"},
+        "no memory": {"folder": llama, **together, "fault": "no memory"},
+        "no connection": {"folder": llama, **together, "fault": "no connection", "is_on_device": True},
+        "on device": {"folder": llama, **together, "is_on_device": True},
+        "on device alone": {"folder": llama, "exchange": False},
         "overflow": {"folder": overflow, "exchange": True, "block_bytes": 1000, "dtype": "float16"},
         "after errors": {"folder": llama, **together},
         "local": {"folder": llama},
@@ -103,10 +108,10 @@ def total_bytes(folder: Path) -> int:
 
 
 def bytes_read(ranks: list[dict[str, Any]]) -> int:
-    return sum(rank["report"].num_bytes for rank in ranks)
+    return sum(rank["report"].read_bytes for rank in ranks)
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bfloat16", "on device"])
 def test_parameters_are_those_of_a_load_without_an_exchange(outcome: Outcome, name: str) -> None:
     for found, expected in zip(outcome[name], outcome[f"{name} alone"], strict=True):
         assert found["state"].keys() == expected["state"].keys()
@@ -154,6 +159,25 @@ def test_the_failure_of_one_process_is_an_error_in_all_that_names_it(outcome: Ou
     for rank in (*ranks[:1], *ranks[2:]):
         assert f"process 1 of the {len(ranks)} that load together failed" in rank["error"]
         assert "CheckpointError: this disk is broken" in rank["error"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("missing tensor", "1 tensor missing: 'model.norm.weight'"),
+        ("no memory", "out of memory"),
+        ("no connection", "cannot connect cpu with the others': NCCL is broken"),
+    ],
+)
+def test_a_process_that_fails_before_anything_is_read_is_not_waited_for(
+    outcome: Outcome, name: str, problem: str
+) -> None:
+    ranks = outcome[name]
+    assert problem in ranks[1]["error"]
+    for rank in (*ranks[:1], *ranks[2:]):
+        assert f"process 1 of the {len(ranks)} that load together failed" in rank["error"]
+        assert problem in rank["error"]
+        assert rank["seconds"] < 5, "of a timeout of 20"
 
 
 def test_a_value_that_one_process_cannot_hold_is_an_error_in_all(outcome: Outcome) -> None:

@@ -72,7 +72,7 @@ def check_recovery(bed: Bed, row: Row, caplog: pytest.LogCaptureFixture) -> None
     assert re.search(row.message, caplog.text)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert bed.left() == []
+    assert bed.left(kept=[*expected.values(), *found.values()]) == []
 
 
 # Files that are wrong before the load begins: refused before any tensor is read
@@ -183,24 +183,6 @@ def overwrite(path: Path) -> None:
         file.write(bytes(64))
 
 
-def stall_until_replaced(bed: Bed) -> None:
-    """The first reader goes on when its replacement has begun, and ends first."""
-    replaced, readers = threading.Event(), []
-
-    def action(number: int) -> None:
-        if threading.current_thread().name != "reader":
-            return
-        readers.append(threading.current_thread())
-        if len(readers) == 1:
-            replaced.wait(60)
-        elif len(set(readers)) == 2 and not replaced.is_set():
-            replaced.set()
-            readers[0].join(60)
-
-    bed.patch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=bed.stall_seconds))
-    bed.on_read(action)
-
-
 def fail_check(bed: Bed) -> None:
     """The last look at the first shard fails once."""
     whole, calls = os.fstat, count(1)
@@ -237,7 +219,9 @@ FOLDER_PASSES = {
     "input/output error": Row(lambda bed: fail(bed, errno.EIO, 3), r"Input/output error \(errno 5\); attempt 2"),
     "stale handle": Row(lambda bed: fail(bed, errno.ESTALE, 3), r"Stale file handle \(errno 116\); attempt 2"),
     "stale handle at the end": Row(fail_check, r"Stale file handle \(errno 116\); attempt 2", options=ALONE),
-    "stalled read": Row(lambda bed: stall(bed, is_first_only=True), "no byte of .* for 0.3 s: another reader tries"),
+    "stalled read": Row(
+        lambda bed: stall(bed, is_first_only=True), r"gave 0 bytes of \[.*\) in 0.3 s: another reader tries"
+    ),
 }
 FOLDER_STAYS = {
     "input/output error": Row(lambda bed: fail(bed, errno.EIO), rf"Input/output error \(errno 5\); {GAVE_UP}"),
@@ -245,7 +229,7 @@ FOLDER_STAYS = {
     "dead FUSE daemon": Row(lambda bed: fail(bed, errno.ENOTCONN), "errno 107.*FUSE daemon .* died: mount it again"),
     "no permission": Row(lambda bed: fail(bed, errno.EACCES), "errno 13.*permission is missing: check the mode, or"),
     "stalled reads": Row(
-        lambda bed: stall(bed, is_first_only=False), "gave no byte of .* for 0.3 s, 3 times; check the storage"
+        lambda bed: stall(bed, is_first_only=False), "gave nothing of model-1.* for 0.9 s; check the storage"
     ),
     "file removed": Row(lambda bed: bed.first.unlink(), "cannot open .*errno 2.*; check that it exists"),
     "truncated": Row(
@@ -262,15 +246,6 @@ FOLDER_STAYS = {
 
 @table("folder", FOLDER_PASSES)
 def test_folders_that_fail_for_a_while(bed: Bed, row: Row, caplog: pytest.LogCaptureFixture) -> None:
-    check_recovery(bed, row, caplog)
-
-
-@pytest.mark.parametrize("storage", ["folder"], indirect=True)
-def test_what_a_stalled_reader_reads_too_late_does_not_disturb_the_verification(
-    bed: Bed, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_sums(bed)
-    row = Row(stall_until_replaced, "another reader tries again", options=replace(VERIFIED, readers=1))
     check_recovery(bed, row, caplog)
 
 
@@ -303,6 +278,12 @@ def behave(**behaviour: Any) -> Callable[[Bed], None]:
     return lambda bed: bed.behave(**behaviour)
 
 
+def no_answer(bed: Bed) -> None:
+    """With the times of a load, scaled: three streams stall in the time of one reader."""
+    bed.patch.setattr("torchinfer.loader.weights.Readers", partial(Readers, stall_seconds=3 * bed.stall_seconds))
+    bed.behave(latency=60)
+
+
 GCS_PASSES = {
     **{
         f"{status} for a while": Row(behave(fault=status, every=2), f"Cloud Storage answered {status}: .*; attempt 2")
@@ -321,7 +302,7 @@ GCS_STAYS = {
         for status in ("401", "403")
     },
     "404": Row(behave(fault="404"), "gs://bucket/model-.* was replaced or changed while it was read"),
-    "no answer": Row(behave(latency=60), f"no byte came for 0.3 s; {GAVE_UP}"),
+    "no answer": Row(no_answer, r"gave nothing of model-.* for 2.7 s \(last error: no byte came for 0.3 s\); check"),
     "server gone": Row(close, f"ConnectionRefusedError: .*; {GAVE_UP}"),
     "replaced": Row(replace_objects, "gs://bucket/model-.* was replaced or changed while it was read"),
     "replaced in the middle": Row(replace_at_retry, "gs://bucket/model-1.* was replaced or changed", options=ALONE),

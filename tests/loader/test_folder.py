@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.folder import FolderSource
+from torchinfer.loader.mount import Mount
 from torchinfer.loader.retry import PersistentReader, RetryPolicy
 from torchinfer.loader.source import is_inside
 from torchinfer.loader.stall import read_file
@@ -143,3 +145,43 @@ def test_listing_gives_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         CheckpointError, match=r"cannot list .*: Input/output error \(errno 5\); gave up after 5 attempts"
     ):
         source.names()
+
+
+def replace_keeping_size_and_time(path: Path) -> None:
+    status = path.stat()
+    path.with_suffix(".new").write_bytes(path.read_bytes()[::-1])
+    os.utime(path.with_suffix(".new"), ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_another(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with persistent(tmp_path) as reader:
+        replace_keeping_size_and_time(tmp_path / "file")
+        with pytest.raises(CheckpointError, match="file was replaced or changed while it was read"):
+            reader.read_into(0, memoryview(bytearray(10)))
+
+
+def test_another_owner_or_mode_does_not_make_another_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    with persistent(tmp_path) as reader:
+        (tmp_path / "file").chmod(0o640)
+        os.link(tmp_path / "file", tmp_path / "link")
+        reader.read_into(0, memoryview(bytearray(10)))
+        reader.check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_pinned"), [("ext4", True), ("nfs4", True), ("fuse.gcsfuse", False), ("9p", False)]
+)
+def test_an_inode_pins_a_file_where_it_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_pinned: bool
+) -> None:
+    """A FUSE daemon may number a file anew when it is looked up again."""
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    mount = Mount("0:0", "/", kind, "none", ())
+    monkeypatch.setattr("torchinfer.loader.folder.mount_of", lambda path: mount)
+    with persistent(tmp_path) as reader:
+        replace_keeping_size_and_time(tmp_path / "file")
+        with pytest.raises(CheckpointError, match="replaced") if is_pinned else contextlib.nullcontext():
+            reader.read_into(0, memoryview(bytearray(10)))

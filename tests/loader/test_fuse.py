@@ -363,7 +363,7 @@ def test_a_daemon_that_hangs_is_given_up(
     bucket = mount(toy)
     checkpoint = Checkpoint.open(bucket.point)
     on_read(lambda number: bucket.daemon.send_signal(signal.SIGSTOP) if number == 3 else None)
-    with pytest.raises(CheckpointError, match=r"gave no byte of .* for 0.3 s, 3 times; check the storage"):
+    with pytest.raises(CheckpointError, match=r"gave nothing of model-.* for 0.9 s; check the storage"):
         fill_toy(checkpoint)
     bucket.daemon.kill()
     for thread in readers_left():  # they end when the kernel lets them go

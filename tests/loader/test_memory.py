@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import mmap
+import os
 import threading
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, padded
+from torchinfer.loader.memory import LARGE_PAGE, SLAB_BYTES, Slabs, Staging, allocate, buffer_bytes, padded
 from torchinfer.loader.retry import Stopped
 
 GO = threading.Event()
@@ -20,6 +24,15 @@ def test_memory_is_fresh_and_of_the_right_size(num_bytes: int) -> None:
     assert memory.dtype == torch.uint8 and memory.shape == (num_bytes,)
     memory.fill_(7)
     assert num_bytes < LARGE_PAGE or memory.data_ptr() % 4096 == 0
+
+
+def test_a_kernel_without_large_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # madvise(2): MADV_HUGEPAGE, not configured
+
+    monkeypatch.setattr(mmap, "mmap", Small)
+    assert allocate(LARGE_PAGE).fill_(7).sum() == 7 * LARGE_PAGE
 
 
 def test_parameters_lie_one_behind_the_other_and_do_not_overlap() -> None:
@@ -71,7 +84,20 @@ def test_a_stop_ends_the_wait() -> None:
         staging.take(1, stop)
 
 
-def test_a_forgotten_buffer_makes_room() -> None:
-    staging = Staging(LARGE_PAGE)
-    staging.forget(staging.take(1, GO))
-    assert len(staging.take(1, GO)) == LARGE_PAGE
+def test_what_nobody_uses_can_be_freed() -> None:
+    staging = Staging(2 * LARGE_PAGE)
+    first, second = staging.take(1, GO), staging.take(1, GO)
+    memory = StorageWeakRef(first.untyped_storage())
+    staging.give_back(first)
+    del first
+    staging.clear()
+    assert memory.expired()
+    staging.give_back(second)
+    assert len(staging.take(2 * LARGE_PAGE, GO)) == 2 * LARGE_PAGE  # the second makes way
+
+
+@pytest.mark.parametrize(("num_pages", "pinned"), [(0, 0), (1, 1), (2, 2), (3, 4), (33, 64)])
+def test_pinned_buffers_are_counted_as_torch_makes_them(num_pages: int, pinned: int) -> None:
+    num_bytes = max(0, num_pages * LARGE_PAGE - 1)
+    assert buffer_bytes(num_bytes, False) == num_pages * LARGE_PAGE
+    assert buffer_bytes(num_bytes, True) == pinned * LARGE_PAGE

@@ -11,7 +11,18 @@ import torch
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import Placement
-from torchinfer.loader.plan import MAX_GAP_BYTES, SMALLEST_EXTENT_BYTES, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.plan import (
+    DEFAULT_MEMORY,
+    MAX_GAP_BYTES,
+    ROOM_BYTES,
+    SMALLEST_EXTENT_BYTES,
+    choose_memory,
+    copied_bytes,
+    extent_bytes,
+    needed_memory,
+    plan_extents,
+    temporary_bytes,
+)
 from torchinfer.parallel import Cut
 
 MIB = 1 << 20
@@ -84,9 +95,9 @@ def test_a_tensor_with_a_transform_is_one_piece() -> None:
     placements = {"s0": Placement("p", convert=torch.neg)}
     (extent,) = plan_extents(placements, tensors, MIB)
     assert len(extent.pieces) == 1
-    check_fits([extent], 6 * MIB)
+    choose_memory([extent], 6 * MIB)
     with pytest.raises(ConfigError, match=r"load_memory=4194304 bytes is too little: tensor 's0' needs 6291456 bytes"):
-        check_fits([extent], 4 * MIB)
+        choose_memory([extent], 4 * MIB)
 
 
 @pytest.mark.parametrize(("num_bytes", "expected"), [(256 * MIB, 64), (512 * MIB, 128), (768 * MIB, 96), (1, 4)])
@@ -99,3 +110,46 @@ def test_readers_have_equally_much_to_read(num_bytes: int, expected: int) -> Non
 def test_all_readers_find_room(limit: int, num_readers: int) -> None:
     length = extent_bytes(True, limit, num_readers, 100_000 * MIB)
     assert length == SMALLEST_EXTENT_BYTES or (num_readers + 1) * (length + 2 * MIB) <= limit
+
+
+def test_what_a_tensor_becomes_is_in_the_limit_too() -> None:
+    tensors = entries((1000, 1100))
+    placements = {"s0": Placement("p", convert=torch.neg)}
+    extents = plan_extents(placements, tensors, MIB)
+    other = temporary_bytes(placements, tensors)
+    assert other == tensors["s0"].num_bytes
+    choose_memory(extents, 6 * MIB + other, other)
+    with pytest.raises(ConfigError, match=f"needs {6 * MIB + other} bytes of it at once, {other} of them for what"):
+        choose_memory(extents, 6 * MIB + other - 1, other)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 4_400_000), (torch.float64, 8_800_000)])
+def test_copies_are_those_of_an_extent_in_the_larger_of_both_dtypes(dtype: torch.dtype, expected: int) -> None:
+    tensors = entries((1000, 1000), (100, 1000), (1000, 1100))
+    placements = whole(tensors)
+    extents = plan_extents({name: placements[name] for name in ("s0", "s1")}, tensors, 1 << 30)
+    assert copied_bytes(extents, placements, dtype) == expected
+
+
+def test_without_a_limit_it_is_the_usual_one_or_as_much_as_is_needed() -> None:
+    tensors = entries((1000, 1100))
+    extents = plan_extents(whole(tensors), tensors, MIB)
+    assert choose_memory(extents, None) == DEFAULT_MEMORY
+    needed = needed_memory(extents, 3 * DEFAULT_MEMORY)
+    assert choose_memory(extents, None, 3 * DEFAULT_MEMORY) == needed + ROOM_BYTES > 3 * DEFAULT_MEMORY
+
+
+def test_a_source_may_allow_less_between_two_pieces() -> None:
+    tensors = entries((1, 10), (100,), (1, 10))
+    placements = whole(tensors)
+    del placements["s1"]
+    assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=400)) == 1
+    assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=399)) == 2
+
+
+def test_a_limit_holds_pinned_buffers_as_they_are_made() -> None:
+    tensors = entries((1000, 1100))
+    extents = plan_extents({"s0": Placement("p", convert=torch.neg)}, tensors, MIB)
+    assert choose_memory(extents, 6 * MIB) == 6 * MIB
+    with pytest.raises(ConfigError, match=f"needs {8 * MIB} bytes"):
+        choose_memory(extents, 8 * MIB - 1, is_pinned=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchinfer.errors import CheckpointError
 from torchinfer.loader import Checkpoint
 from torchinfer.loader.retry import Stopped
-from torchinfer.loader.stall import StalledError, Trial, unless_stalled
+from torchinfer.loader.stall import STALL_BYTES, StalledError, Trial, unless_stalled
 
 SHARDS = [f"model-{number}.safetensors" for number in range(40)]  # more than are read side by side
 WriteShards = Callable[..., Path]
@@ -126,13 +126,22 @@ def test_a_tensor_that_hangs_is_an_error_that_names_it(folder: Path, on_read: On
 
 def test_bytes_that_come_slowly_are_no_stall(caplog: pytest.LogCaptureFixture) -> None:
     def read(trial: Trial) -> str:
-        for _ in range(6):
+        for _ in range(12):
             time.sleep(0.05)
-            trial.count(1)
+            trial.count(STALL_BYTES // 2)
         return "all of them"
 
     assert unless_stalled("read slowly", read) == "all of them"
     assert not caplog.text
+
+
+def test_a_trickle_is_a_stall() -> None:
+    def read(trial: Trial) -> None:
+        while not trial.attempts.stop.wait(0.01):
+            trial.count(1)
+
+    with pytest.raises(StalledError, match=r"cannot read slowly: only \d+ bytes came for 0.2 s, 3 times"):
+        unless_stalled("read slowly", read)
 
 
 def test_what_a_call_raises_is_raised_here() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader import Checkpoint, LoadOptions, load_model, load_weights
+from torchinfer.loader.opening import Deliver
 from torchinfer.models.config import ModelConfig
 from torchinfer.weight_map import Target
 
@@ -88,7 +89,7 @@ def test_what_is_delivered_is_whole_and_has_left_the_host_before_the_next(tmp_pa
         delivered[name] = tensor.clone()
         return torch.zeros(())
 
-    load_weights(build(), save(tmp_path, toy_tensors()), torch.float32, CPU, progress=False, deliver=deliver)
+    load_weights(build(), save(tmp_path, toy_tensors()), torch.float32, CPU, progress=False, deliver=Deliver(deliver))
     expected = load_toy(tmp_path)
     found = {name: tensor for name, tensor in expected.state_dict().items() if name != "head.weight"}
     assert delivered.keys() == found.keys()

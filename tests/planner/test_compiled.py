@@ -1,7 +1,9 @@
 """`--compile`: small models through the real TPU compiler, and what is said where it cannot be."""
 
+import importlib.metadata
 import importlib.util
 import re
+import subprocess
 
 import pytest
 import torch
@@ -44,13 +46,20 @@ HBM = (
 VMEM = "Ran out of memory in memory space vmem. Used 140.00M of 128.00M vmem."
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """All that the compiler needs, as far as is looked for."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: aot.LIBTPU_VERSION)
+
+
 def planned(models, name, accelerator="v5e", topology="1x1", changes=None, **more):
     options = PlanOptions(
         model=models.path(name, **FAMILIES[name] | (changes or {})),
         dtype="bfloat16",
         accelerator=accelerator,
         topology=topology,
-        **{"context": 128, "max_num_batched_tokens": 32, "batch": 8, "kv_cache_dtype": "int8", **more},
+        **{"context": 128, "max_num_batched_tokens": 32, "batch": (8,), "kv_cache_dtype": "int8", **more},
     )
     return plan(options), options
 
@@ -72,7 +81,7 @@ def test_every_kind_of_block_is_traced(models, name):
 
 @pytest.mark.xla
 @pytest.mark.parametrize("name", ["gpt-j-6b", "mixtral-8x7b"])
-def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, name):
+def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, installed, name):
     """Two all-reduces a layer and one for the embeddings; caches and packed matrices of all chips, one behind the
     other, of which the kernels see a share."""
     seen = []
@@ -82,7 +91,6 @@ def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, 
         raise ConfigError(HBM)
 
     monkeypatch.setattr(compiled.aot, "compile_hlo", record)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     found, options = planned(models, name, "v5e", "2x2", quantization="int8")
     compile_steps(found, options)
     text, topology, given = seen[0]
@@ -154,7 +162,7 @@ def test_the_compiler_agrees_with_the_arithmetic(models, name, accelerator, topo
     assert "5 all-reduce, 1 all-to-all" in text
     assert "attention's kernel counts the pages" in text
     assert data["kernels"] == [kernel.to_dict() for kernel in decode.kernels]
-    assert f"{accelerator} {topology}, decode: Pallas kernels" in text
+    assert f"{accelerator} {topology}, decode of 8 requests: Pallas kernels" in text
 
 
 def check_kernels(step):
@@ -174,11 +182,10 @@ def check_kernels(step):
 
 
 @pytest.mark.xla
-def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkeypatch):
+def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkeypatch, installed):
     def refuse(*args, **options):
         raise ConfigError(HBM)
 
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(compiled.aot, "compile_hlo", refuse)
     found, options = planned(models, "llama-3-8b")
     decode, _ = compile_steps(found, options)
@@ -186,7 +193,7 @@ def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkey
     assert decode.error == explain(HBM)
     text = to_text(found, [decode])
     assert "does not compile" in text
-    assert f"v5e 1x1, decode: {decode.error}" in text
+    assert f"v5e 1x1, decode of 8 requests: {decode.error}" in text
     assert to_dict(found, [decode])["compiled"][0]["error"] == decode.error
 
 
@@ -195,7 +202,7 @@ def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkey
     [
         (HBM, "take 17.66GiB of 15.75GiB on each chip; use more chips, fewer bits"),
         (VMEM, "a kernel needs 140.00MiB of the 128.00MiB of vmem: its blocks are too large"),
-        ("the compiler for v5e:1x1 did not end in 5 s; allow more", "give a larger --compile-seconds"),
+        ("the compiler for v5e:1x1 did not end in 5 s; allow more", "5 s; allow more: give a larger --compile-seconds"),
         ("the compiler for v5e:1x1 ended with code -9: ", "this machine's memory ran out; use a larger machine"),
         ("the compiler for v5e:1x1 ended with code 1: no rule", "the compiler refuses it: .*no rule"),
     ],
@@ -210,25 +217,34 @@ def test_gpus_are_not_compiled_for(models):
         compile_steps(found, options)
 
 
-@pytest.mark.parametrize("module", ["torch_xla", "libtpu"])
-def test_what_is_missing_is_named(models, monkeypatch, module):
+@pytest.mark.parametrize("missing", [("torch_xla",), ("libtpu",), ("torchax",), ("jax", "torchax")])
+def test_all_that_is_missing_is_named(models, monkeypatch, missing):
     found, options = planned(models, "llama-3-8b")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else name)
-    with pytest.raises(DeviceError, match=f"--compile needs {module}, which is not installed; pip install"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else name)
+    with pytest.raises(DeviceError, match=f"--compile needs {', '.join(missing)}: not installed; pip install"):
         compile_steps(found, options)
 
 
-def test_a_machine_without_memory_is_told_so(models, monkeypatch):
+def test_a_compiler_of_another_version_is_refused_before_anything_is_traced(models, monkeypatch, installed):
+    def trace(*args, **options):
+        raise AssertionError("nothing is traced")
+
+    monkeypatch.setattr(subprocess, "run", trace)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.22")
     found, options = planned(models, "llama-3-8b")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(DeviceError, match=r"libtpu is 0\.0\.22, but .* need 0\.0\.21; pip install libtpu==0\.0\.21"):
+        compile_steps(found, options)
+
+
+def test_a_machine_without_memory_is_told_so(models, monkeypatch, installed):
+    found, options = planned(models, "llama-3-8b")
     monkeypatch.setattr(compiled, "free_memory_bytes", lambda device: 2**30)
     with pytest.raises(DeviceError, match=r"about 2 GiB of this machine's memory and 1.0 GiB are free"):
         compile_steps(found, options)
 
 
-def test_a_batch_that_does_not_fit_is_refused(models, monkeypatch):
-    found, options = planned(models, "llama-3-8b", batch=10**6)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+def test_a_batch_that_does_not_fit_is_refused(models):
+    found, options = planned(models, "llama-3-8b", batch=(8, 10**6))
     most = found.placements[0].capacity.num_requests
     with pytest.raises(ConfigError, match=f"batch=1000000 does not fit v5e 1x1, which holds {most} requests"):
         compile_steps(found, options)
@@ -238,14 +254,13 @@ def test_a_batch_that_does_not_fit_is_refused(models, monkeypatch):
     ("given", "rule"),
     [
         (
-            {"batch": 33},
+            {"batch": (8, 33)},
             "batch=33 must not be more than max_num_batched_tokens=32, .*: lower the one or raise the other",
         ),
         (
             {"max_num_batched_tokens": 1025},
             "max_num_batched_tokens=1025 is more than .* context=128 .* at most 1024, or",
         ),
-        ({"topology": "4x4"}, "topology='4x4' of v5e has 4 hosts, and an engine runs on the chips of one: use 2x4, "),
     ],
 )
 def test_a_step_that_no_engine_runs_is_refused_before_anything_is_compiled(models, monkeypatch, given, rule):
@@ -260,7 +275,7 @@ def test_a_step_that_no_engine_runs_is_refused_before_anything_is_compiled(model
 
 def test_all_problems_of_a_step_are_told_at_once(models):
     found, options = planned(
-        models, "llama-3-8b", topology="4x4", changes=WIDE, batch=10**6, max_num_batched_tokens=3000
+        models, "llama-3-8b", topology="4x4", changes=WIDE, batch=(10**6,), max_num_batched_tokens=3000
     )
     with pytest.raises(ConfigError) as error:
         compile_steps(found, options)
@@ -270,7 +285,8 @@ def test_all_problems_of_a_step_are_told_at_once(models):
 @pytest.mark.parametrize(
     ("given", "rule"),
     [
-        ({"batch": 0}, "batch=0 must be at least 1"),
+        ({"batch": (8, 0)}, "batch=0 must be at least 1"),
+        ({"batch": (8, 16, 8)}, "batch has 8 more than once: name each decode step once"),
         ({"context": 8193}, "context=8193 must be from 2 to the model's 8192 tokens"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens=0 must be at least 1"),
         ({"compile_seconds": float("inf")}, "compile_seconds=inf must be a positive number"),
@@ -282,10 +298,34 @@ def test_options_out_of_range_are_refused_with_the_rule(models, given, rule):
         planned(models, "llama-3-8b", **given)
 
 
-def test_a_step_that_cannot_be_traced_in_time_says_so(models, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+def test_a_step_that_cannot_be_traced_in_time_says_so(models, installed):
     found, options = planned(models, "llama-3-8b", compile_seconds=0.01)
     steps = compile_steps(found, options)
     assert [step.error for step in steps] == [
         "the step could not be traced within compile_seconds=0.01; allow more",
     ] * 2
+
+
+def test_each_batch_has_a_decode_step_of_its_own(models, monkeypatch, installed):
+    """In its bucket, with the cache of its requests; and all have one prefill step."""
+    found, options = planned(models, "llama-3-8b", context=256, batch=(2, 8, 20), compile_seconds=0.01)
+    steps = compile_steps(found, options)
+    seen = [(step.kind, step.num_requests, step.shape.num_requests, step.shape.num_tokens) for step in steps]
+    assert seen == [("decode", 2, 8, 16), ("decode", 8, 8, 16), ("decode", 20, 32, 32), ("prefill", 8, 8, 32)]
+    assert [step.num_pages for step in steps] == [1 + 2 * 2, 1 + 8 * 2, 1 + 20 * 2, 1 + 8 * 2]
+    cache = found.placements[0].footprint.request_bytes(256)
+    assert steps[2].needed_bytes - steps[0].needed_bytes == 18 * cache
+    rows = [line for line in to_text(found, steps).splitlines() if line.startswith("v5e 1x1  ") and "compile" in line]
+    assert [line.split()[2:5] for line in rows] == [
+        ["decode", "16", "8"],
+        ["decode", "16", "8"],
+        ["decode", "32", "32"],
+        ["prefill", "32", "8"],
+    ]
+    data = to_dict(found, steps)["compiled"]
+    assert [(each["kind"], each["batch"]) for each in data] == [
+        ("decode", 2),
+        ("decode", 8),
+        ("decode", 20),
+        ("prefill", 8),
+    ]

@@ -24,7 +24,7 @@ FLAGS = {
     "page_size": ("--page-size 128", 128),
     "plot": ("--plot p", "p"),
     "compile": ("--compile", True),
-    "batch": ("--batch 7", 7),
+    "batch": ("--batch 7,64", (7, 64)),
     "compile_seconds": ("--compile-seconds 8", 8.0),
 }
 
@@ -38,6 +38,13 @@ def test_every_option_has_a_flag_that_sets_it():
     arguments = build_parser().parse_args(["plan", *words])
     assert PLAN.values(arguments) == {name: value for name, (_, value) in FLAGS.items()}
     assert list(FLAGS) == [option.name for option in fields(PlanOptions)]
+
+
+@pytest.mark.parametrize("text", ["8,,64", "8,many", "", "8,"])
+def test_a_list_of_batches_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["plan", "--model", "m", "--batch", text])
+    assert f"--batch: {text!r} must be whole numbers with commas between, as 8,64,256" in capsys.readouterr().err
 
 
 def test_the_table_of_places(models):

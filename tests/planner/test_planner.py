@@ -1,6 +1,7 @@
 """What fits where, the smallest topology, and what cannot be planned."""
 
 import pytest
+import torch
 
 from torchinfer.errors import CheckpointError, ConfigError, UnsupportedModelError
 from torchinfer.planner.accelerators import ACCELERATORS
@@ -42,6 +43,12 @@ def test_llama_3_8b_int8_on_v5e_2x2_holds_256_requests_of_1024_tokens(models):
     assert place.capacity.request_bytes == 8 * 32 * (65536 + 8 * 512) == 1024 * 17408
     assert place.capacity.rule_requests == int(0.2 * 15.75 * GIB) // (1024 * 17408) == 189
     assert place.capacity.num_requests > 256
+
+
+def test_a_model_in_float16_is_planned_in_bfloat16_for_tpu(models):
+    dtypes = {kind: models.plan("llama-2-7b", accelerator=kind, dtype="auto").source.dtype for kind in ("v5e", "h100")}
+    assert dtypes == {"v5e": torch.bfloat16, "h100": torch.float16}
+    assert "dtype='float16': a TPU has bfloat16" in error_of(models, accelerator="v5e", dtype="float16", compile=True)
 
 
 def test_the_exact_number_of_requests_is_the_largest_that_fits(models):
@@ -118,7 +125,9 @@ def test_a_topology_that_does_not_exist_is_refused_with_those_that_do(models, ac
 
 
 def test_all_problems_come_at_once(models):
-    message = error_of(models, context=10**6, topology="9", price=-1.0, page_size=24, max_num_batched_tokens=0, batch=0)
+    message = error_of(
+        models, context=10**6, topology="9", price=-1.0, page_size=24, max_num_batched_tokens=0, batch=(0,)
+    )
     for problem in (
         "context=1000000 must be from 2 to the model's 4096 tokens",
         "topology='9' does not exist",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchinfer import kernels
 from torchinfer.quantization import SCHEMES, Scheme
@@ -93,6 +95,21 @@ def test_rows_do_not_depend_on_those_that_come_with_them(name: str) -> None:
     for tensor, expected in whole.items():
         actual = torch.cat([piece[tensor] for piece in pieces])
         assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4"])
+def test_a_matrix_on_an_accelerator_is_few_launches(name: str) -> None:
+    launched = 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal launched
+            launched += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counter():
+        SCHEMES[name].pack(torch.empty(8192, 4096, device="meta"))  # 128 MiB of float32
+    assert 10 < launched < 700
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -38,7 +38,7 @@ class EvaluationOptions:
     dtype: str = "auto"
     page_size: int | None = None
     max_num_batched_tokens: int = 512
-    load_memory: Size = 2 << 30
+    load_memory: Size | None = None
     progress: bool = True
 
 
@@ -60,7 +60,8 @@ EVALUATION = FlagSet(
         "dtype": "of weights and activations as stored; auto: the checkpoint's",
         "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
         "max_num_batched_tokens": "tokens computed at once",
-        "load_memory": "host memory for what is on its way from the checkpoint to its place",
+        "load_memory": "host memory for what is on its way from the checkpoint to its place (default: 2GiB, or more "
+        "where the largest tensors need it)",
         "progress": "progress bars on standard error, if it is a terminal",
     },
     choices={"device": DEVICES, "dtype": DTYPES, "reference_dtype": REFERENCE_DTYPES},

@@ -57,7 +57,7 @@ def load_scheme(
     model_config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    load_memory: int,
+    load_memory: int | None,
     progress: bool,
 ) -> Decoder:
     """The model with its weights in a scheme."""

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "cpu", "cuda": "cuda", "xla": "tpu"}  # torch device type -> folder of kernels/
 PORTS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpu", "tpu"),
+    "linear": ("cpu", "tpu", "cuda"),
     "rms_norm": ("cpu", "cuda"),
     "layer_norm": ("cpu",),
     "rotary_embedding": ("cpu", "cuda"),
@@ -48,7 +48,7 @@ PORTS: dict[str, tuple[str, ...]] = {
 }
 # Without a port two ops of the door, one after the other.
 COMPOSED = ("linear_of_norm", "linear_of_gated", "gated_linear")
-PREPARING = ("cpu",)  # folders with a layout of their own for matrices, and calls for half a layer
+PREPARING = {"packed_weight": ("cpu", "cuda"), "fused_layer": ("cpu",)}  # layouts of matrices; calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
 
@@ -91,25 +91,28 @@ def _has_cpu_library() -> bool:
 
 def _has_triton() -> bool:
     try:
-        importlib.import_module("triton")
+        problem = importlib.import_module("torchinfer.kernels.cuda.probe").problem()
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
-        logger.warning("Triton is not installed, so PyTorch computes in place of its kernels: install torchinfer[cuda]")
-        return False
-    return True
+        problem = "Triton is not installed: install torchinfer[cuda]"
+    if problem is not None:
+        logger.warning("PyTorch computes in place of the kernels for CUDA, many times slower: %s", problem)
+    return problem is None
 
 
 def _port(op: str, x: Tensor) -> Callable[..., Tensor]:
-    device_type = x.device.type
-    if device_type not in _loaded:
-        load_ports(device_type)
-    return _loaded[device_type][op]
+    return load_ports(x.device.type)[op]
+
+
+def has_port(op: str, x: Tensor) -> bool:
+    """Whether x's device has one of the composed ops in one pass."""
+    return op in load_ports(x.device.type)
 
 
 def _port_of_composed(op: str, x: Tensor, weight: object) -> Callable[..., Tensor] | None:
     """None where the ops that it is made of are called: without a port, and where nothing is rounded to 8 bits."""
-    if not isinstance(weight, QuantizedWeight) or weight.activations == "none":
+    if isinstance(weight, Tensor) or (isinstance(weight, QuantizedWeight) and weight.activations == "none"):
         return None
     return load_ports(x.device.type).get(op)
 
@@ -130,28 +133,25 @@ def prepare(
         return packed
     values = weight if isinstance(weight, Tensor) else weight.values
     module = _preparing_module(values, "packed_weight")
-    prepared: PreparedWeight | None = None if module is None else module.prepare(weight, may_overwrite)
-    return prepared
+    return None if module is None else module.prepare(weight, may_overwrite)
 
 
 def fuse_attention(parts: AttentionParts) -> FusedAttention | None:
     """One call for half a layer, if the device has it: the same bits as its ops one by one."""
     module = _preparing_module(parts.norm, "fused_layer")
-    fused: FusedAttention | None = None if module is None else module.fuse_attention(parts)
-    return fused
+    return None if module is None else module.fuse_attention(parts)
 
 
 def fuse_mlp(parts: MLPParts) -> FusedMLP | None:
     """As `fuse_attention`, for the other half."""
     module = _preparing_module(parts.norm, "fused_layer")
-    fused: FusedMLP | None = None if module is None else module.fuse_mlp(parts)
-    return fused
+    return None if module is None else module.fuse_mlp(parts)
 
 
 def _preparing_module(where: Tensor, name: str) -> Any:
     """That module of the folder for a tensor's device; None where the folder prepares nothing by itself."""
     folder = _find_folder(where.device.type)
-    return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING else None
+    return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING[name] else None
 
 
 def kernel_pages(
@@ -166,11 +166,12 @@ def kernel_pages(
     return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
 
 
-def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> AttentionBlocks:
+def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, num_cores: int) -> AttentionBlocks:
     """What the TPU's attention kernel over pages of a dtype does at once. Imports jax, and needs no TPU."""
     pages = importlib.import_module("torchinfer.kernels.tpu.page_layout")
     layout = pages.PageLayout(num_kv_heads, head_dim, dtype)
-    config = importlib.import_module("torchinfer.kernels.tpu.ragged_attention").make_config(layout, num_heads)
+    attention = importlib.import_module("torchinfer.kernels.tpu.ragged_attention")
+    config = attention.make_config(layout, num_heads, num_cores=num_cores)
     return AttentionBlocks(
         fetch_pages=config.fetch_pages,
         decode_chunk=config.decode_chunk,
@@ -218,8 +219,9 @@ def linear_of_norm(
     weight: Tensor | QuantizedWeight | PreparedWeight,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`linear` of `rms_norm`, with its bits; in fewer passes where inputs are rounded to 8 bits and the device can.
+    """`linear` of `rms_norm`; in fewer passes where inputs are rounded to 8 bits and the device can.
 
+    The last bit of the norm may differ then, and an input that it decides about is the neighbour in 8 bits.
     x: [N, I]; norm_weight: [I]; weight: [O, I]. Returns [N, O].
     """
     port = _port_of_composed("linear_of_norm", x, weight)
@@ -232,7 +234,7 @@ def linear_of_norm(
 def linear_of_gated(
     gate_up: Tensor, activation: str, weight: Tensor | QuantizedWeight | PreparedWeight, bias: Tensor | None = None
 ) -> Tensor:
-    """`linear` of `gated_activation`, as `linear_of_norm`. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
+    """`linear` of `gated_activation`, with its bits. gate_up: [N, 2 * F]; weight: [O, F]. Returns [N, O]."""
     port = _port_of_composed("linear_of_gated", gate_up, weight)
     if port is None:
         return linear(gated_activation(gate_up, activation), weight, bias)

@@ -3,11 +3,11 @@
 A tensor that is quantized on the way fills several tensors of its matrix, with rows in each.
 
 cpu     read straight into the parameter where dtype and layout allow, else converted from staging memory
-cuda    copied from pinned staging memory on the current stream; converted on the device
+cuda    copied from pinned staging memory on a stream of its own (device_copies.py); converted on the device
 xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
 
-With `deliver` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
-of the model is in the host's memory than what is being put together.
+With `delivery` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
+of the model is in the host's memory than what is being put together (opening.py).
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from torchinfer.device import flush
+from torchinfer.device import flush, release_memory
 from torchinfer.errors import CheckpointError, DeviceError
-from torchinfer.loader.memory import Slabs, padded
+from torchinfer.loader.device_copies import DeviceCopies
+from torchinfer.loader.memory import Slabs, allocate, padded
+from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.quantization import QuantizedMatrix
 
-Deliver = Callable[[str, Tensor], Tensor]  # the name and values of a tensor -> what the model gets in its place
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where tensors go when they are whole, and which of them may be put together."""
+
+    deliver: Deliver
+    tensors: OpenTensors
 
 
 class Assembly:
@@ -44,10 +53,11 @@ class Assembly:
         extents: Iterable[Extent],
         dtype: torch.dtype,
         device: torch.device,
-        deliver: Deliver | None = None,
+        delivery: Delivery | None = None,
     ) -> None:
         self._model, self._placements, self._dtype, self._device = model, placements, dtype, device
-        self._deliver = deliver
+        self._delivery = delivery
+        self._copies = DeviceCopies(device, torch.cuda) if device.type == "cuda" else None
         self._empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self._tied = {name: names for names in tied_names(self._empty) for name in names}
         # Parameter of a placement -> the tensors that it is filled with, where that is not itself.
@@ -64,7 +74,10 @@ class Assembly:
         self._lock = threading.Lock()
 
     def place_of(self, piece: Piece) -> Tensor | None:
-        """Memory to read the piece into, uint8 [num_bytes]; None where it must be converted or sent on."""
+        """Memory to read the piece into, uint8 [num_bytes]; None where it must be converted or sent on. With a
+        delivery the first piece of an extent waits for room, see `OpenTensors.enter`."""
+        if self._delivery is not None:
+            self._delivery.tensors.enter(piece)
         if piece.is_filler:
             return None
         placement = self._placements[piece.entry.name]
@@ -76,8 +89,16 @@ class Assembly:
             return None
         return self._destination(placement.parameter, piece).reshape(-1).view(torch.uint8)
 
+    def relocate(self, pieces: Iterable[Piece]) -> None:
+        """Give the parameters that have places for these pieces other memory, with all that has been read: somebody may
+        still write to the old one."""
+        with self._lock:
+            for name in {self._placements[piece.entry.name].parameter for piece in pieces}:
+                self._open[name] = self._allocate(name).copy_(self._open[name])
+
     def put(self, piece: Piece, content: Tensor, is_part: bool = False) -> None:
-        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`.
+        """Convert a piece, uint8 [num_bytes], and bring it to its place; it may be overwritten after `wait`, or when
+        `release` gives back its buffer.
         `is_part`: of its columns there are only this process's."""
         if piece.is_filler:
             return
@@ -89,8 +110,8 @@ class Assembly:
         value = content.view(piece.entry.dtype).view(shape)
         if placement.view is not None:
             value = value.view(placement.view)
-        if self._device.type == "cuda":
-            value = value.to(self._device, non_blocking=True)
+        if self._copies is not None and value.device.type == "cpu":
+            value = self._copies.to_device(value)
         if placement.convert is not None:
             value = _convert(piece.entry.name, placement.convert, value)
         if cut is not None and not is_part:
@@ -113,7 +134,7 @@ class Assembly:
             placement.pack(value, places)
             return
         for tensor, packed in placement.pack(value).items():
-            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor])
+            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor], is_new=True)
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
@@ -125,6 +146,8 @@ class Assembly:
             if self._remaining[parameter] == 0:
                 for tensor in self._tensors_of(parameter):
                     self._assign(tensor, self._take(tensor))
+                if self._delivery is not None:
+                    self._delivery.tensors.close(parameter)
 
     def wait(self) -> None:
         """Until all that was put has left the host's memory."""
@@ -133,14 +156,31 @@ class Assembly:
         elif self._device.type == "xla":
             flush(self._device)
 
+    def release(self, buffer: Tensor, give_back: Callable[[Tensor], None]) -> None:
+        """Give a buffer back when all that was put has left it: now, or in a later `collect`."""
+        if self._copies is not None:
+            self._copies.release(buffer, give_back)
+            return
+        self.wait()
+        give_back(buffer)
+
+    def collect(self) -> None:
+        """Give back released buffers, as far as they are copied."""
+        if self._copies is not None:
+            self._copies.collect()
+
     def finish(self) -> None:
         """Assign parameters without values and move the buffers that no checkpoint has; see that nothing is left."""
+        if self._copies is not None:
+            self.wait()
+            self._copies.collect()
+            release_memory(self._device)  # of the copy stream, which nobody else can use
         filled = {placement.parameter for placement in self._placements.values()}
         for parameter in filled - self._remaining.keys():
             for tensor in self._tensors_of(parameter):
                 self._assign(tensor, torch.empty(self._empty[tensor].shape, dtype=self._dtype_of(tensor)))
         assert not self._open and not any(self._remaining.values()), "place() lists every tensor"
-        if self._deliver is None:
+        if self._delivery is None:
             for module in self._model.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     setattr(module, name, buffer.to(self._device))
@@ -148,8 +188,7 @@ class Assembly:
         assert not left, f"nothing filled {left}"
 
     def _dtype_of(self, parameter: str) -> torch.dtype:
-        empty = self._empty[parameter]
-        return self._dtype if isinstance(empty, nn.Parameter) and empty.is_floating_point() else empty.dtype
+        return _held_dtype(self._empty[parameter], self._dtype)
 
     def _num_bytes(self, parameter: str) -> int:
         return math.prod(self._empty[parameter].shape) * self._dtype_of(parameter).itemsize
@@ -180,19 +219,21 @@ class Assembly:
     def _allocate(self, parameter: str) -> Tensor:
         shape, dtype, num_bytes = self._empty[parameter].shape, self._dtype_of(parameter), self._num_bytes(parameter)
         try:
-            if self._device.type == "cpu" and num_bytes and self._deliver is None:
-                return self._slabs.allocate(num_bytes).view(dtype).view(shape)
-            return torch.empty(shape, dtype=dtype, device=self._device)
+            if self._device.type != "cpu" or not num_bytes:
+                return torch.empty(shape, dtype=dtype, device=self._device)
+            # What is handed over is freed one by one.
+            memory = self._slabs.allocate(num_bytes) if self._delivery is None else allocate(num_bytes)
+            return memory.view(dtype).view(shape)
         except (RuntimeError, DeviceError) as error:  # CUDA's OutOfMemoryError is a RuntimeError
             raise DeviceError(
                 f"{self._device} has no memory for {parameter}, {num_bytes} bytes: {error}; use a device with more "
                 "memory, a smaller dtype, or a smaller model"
             ) from error
 
-    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1) -> None:
-        """Keep a piece on the XLA device. It is copied on the host first, because the transfer may read it later."""
+    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1, is_new: bool = False) -> None:
+        """Keep a piece on the XLA device. What is not `is_new` is copied first: the transfer may read it later."""
         placement = self._placements[piece.entry.name]
-        host = value.to(self._dtype_of(tensor), copy=True).contiguous()
+        host = value.to(self._dtype_of(tensor), copy=not is_new).contiguous()
         if tensor in self._scales:
             check_scale(piece.entry.name, host)
         numbers = torch.arange(self._empty[tensor].numel(), device="meta")
@@ -222,12 +263,25 @@ class Assembly:
     def _assign(self, parameter: str, value: Tensor) -> None:
         if parameter in self._scales and self._device.type != "xla":
             self._check_scales(parameter, value)
-        value = value.to(self._device) if self._deliver is None else self._deliver(parameter, value)
+        value = value.to(self._device) if self._delivery is None else self._delivery.deliver.send(parameter, value)
         if isinstance(self._empty[parameter], nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         for name in self._tied[parameter]:
             module, _, attribute = name.rpartition(".")
             setattr(self._model.get_submodule(module), attribute, value)
+
+
+def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """What each parameter and persistent buffer takes when it is loaded; a matrix that is packed, all its tensors."""
+    empty: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    found = {name: tensor.numel() * _held_dtype(tensor, dtype).itemsize for name, tensor in empty.items()}
+    for name, matrix in packed_matrices(model).items():
+        found[name] = sum(found[f"{name}.{tensor}"] for tensor in matrix.specs)
+    return found
+
+
+def _held_dtype(empty: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if isinstance(empty, nn.Parameter) and empty.is_floating_point() else empty.dtype
 
 
 def _convert(name: str, convert: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -246,7 +300,9 @@ def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if dtype != torch.float16 or tensor.dtype == dtype or not tensor.numel():
         return
     limit = torch.finfo(dtype).max
-    low, high = (bound.item() for bound in torch.aminmax(tensor))
+    # aminmax would copy a tensor that is not contiguous.
+    bounds = torch.aminmax(tensor) if tensor.is_contiguous() else (tensor.amin(), tensor.amax())
+    low, high = (bound.item() for bound in bounds)
     if not (low >= -limit and high <= limit):
         raise CheckpointError(
             f"tensor {name!r} has values from {low} to {high}; float16 holds {-limit} to {limit}: use dtype bfloat16 "

@@ -72,8 +72,13 @@ class Checkpoint:
         """Names of the files that hold tensors, sorted."""
         return sorted({entry.shard for entry in self.tensors.values()})
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the host, in the file's dtype, in memory of its own."""
+    def read(self, name: str, stop: threading.Event | None = None) -> Tensor:
+        """One tensor on the host, in the file's dtype, in memory of its own.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+            Stopped: `stop` is set.
+        """
         if name not in self.tensors:
             raise CheckpointError(
                 f"{self.address} has no tensor {quoted(name)}; `torchinfer inspect` lists what it has"
@@ -89,7 +94,7 @@ class Checkpoint:
                 reader.check()
             return memory
 
-        memory = unless_stalled(f"read {quoted(name)} of {self.address}/{entry.shard}", read)
+        memory = unless_stalled(f"read {quoted(name)} of {self.address}/{entry.shard}", read, stop)
         return memory.view(entry.dtype).reshape(entry.shape)
 
 

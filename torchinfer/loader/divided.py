@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from torchinfer import spmd
+from torchinfer.device import synchronize
+from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
-from torchinfer.loader.weights import LoadOptions, build_empty, load_weights
+from torchinfer.loader.opening import Deliver
+from torchinfer.loader.options import LoadOptions
+from torchinfer.loader.weights import build_empty, load_weights
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import DividedModel, Shard, divide, tensors_of
 
@@ -39,13 +43,28 @@ def load_divided(
     whole, checkpoint = build_empty(checkpoint, model_config, device, quantization, moe_mode, moe_capacity_factor)
     model = divide(whole, num_chips)
 
-    def deliver(name: str, tensor: Tensor) -> Tensor:
+    def send(name: str, tensor: Tensor) -> Tensor:
         division = model.divisions[name]
-        return spmd.put(lambda chip: division.of(tensor, Shard(chip, num_chips)), division.place, num_chips)
+        found = spmd.put(lambda chip: division.of(tensor, Shard(chip, num_chips)), division.place, num_chips)
+        synchronize(device)  # or what is on its way to the chips would stay on the host, beyond any limit
+        return found
 
-    load_weights(whole, checkpoint, dtype, HOST, progress, options, deliver=deliver)
+    load_weights(whole, checkpoint, dtype, HOST, progress, options, deliver=Deliver(send, _largest_put(model, dtype)))
     loaded = whole.state_dict()
     for name, tensor in tensors_of(whole).items():
-        model.tensors[name] = tensor if name in loaded else deliver(name, tensor)  # what no checkpoint has: constants
+        model.tensors[name] = tensor if name in loaded else send(name, tensor)  # what no checkpoint has: constants
     whole.to_empty(device="meta")  # or it would hold on to what chips exchange for packed matrices
     return model
+
+
+def _largest_put(model: DividedModel, dtype: torch.dtype) -> int:
+    """Bytes of the shares of a tensor for all chips, at most, where they are not views of it."""
+    sizes, whole, local = parameter_bytes(model.local, dtype), tensors_of(model.whole), tensors_of(model.local)
+
+    def is_copied(name: str) -> bool:
+        division = model.divisions[name]
+        is_rows = division.dim == 0 and len(division.parts) == 1
+        is_view = is_rows and len(local[name]) * model.num_chips == len(whole[name])
+        return division.place != spmd.REPLICATED and not is_view
+
+    return max((sizes[name] for name in local if name in sizes and is_copied(name)), default=0) * model.num_chips

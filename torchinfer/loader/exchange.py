@@ -10,19 +10,15 @@ next in order waits for. So nothing waits in a circle:
 - memory to receive into is set aside before the readers start: no transfer waits for staging memory;
 - so an extent that was read is sent, and its staging memory given back, after rounds that all processes enter.
 
-A process that fails says so in the next round, and all give up. One that ends closes its connections, which the others
-see at once; one that hangs runs into the group's timeout, which its maker chose.
-
 Tensors are sent in the dtype of the file and converted by those who receive them. That is the model's dtype in almost
 every checkpoint, it shares the work evenly, and values go the same way as without an exchange.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -31,55 +27,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchinfer.errors import CheckpointError, ConfigError
+from torchinfer.errors import CheckpointError
 from torchinfer.loader.assembly import Assembly
 from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import Piece
 from torchinfer.loader.readers import Filled
 from torchinfer.loader.retry import Stopped
+from torchinfer.loader.rounds import DONE, NOTHING, Rounds
 from torchinfer.loader.sharing import SharedExtent, SharedPlan, column_cut, cut_of, num_parts
 from torchinfer.parallel import Shard
 
 logger = logging.getLogger(__name__)
 
-NOTHING, DONE, FAILED = -1, -2, -3  # words of a round; others are indices of extents
 POLL_SECONDS = 0.005  # in which a process that has nothing to place looks whether a round has ended
-TEXT_BYTES = 2000  # of the error that a process which failed tells the others
-
-
-@dataclass(frozen=True, slots=True)
-class Peers:
-    """The processes that load one model together."""
-
-    group: dist.ProcessGroup  # with the ranks of the shards, and gloo for the CPU; NCCL is used where it has it
-    block_bytes: int | None = None  # length of what is sent at once; None: as extents are
-    smallest_bytes: int = 1 << 20  # of a tensor without columns to cut; a smaller one is read by everybody
-
-
-def find_peers(shard: Shard, peers: Peers | None) -> Peers | None:
-    """`peers`, or those of torch.distributed's default group if that will do.
-
-    Raises:
-        ConfigError: `peers` will not do.
-    """
-    if peers is None:
-        if not dist.is_available() or not dist.is_initialized() or dist.group.WORLD is None:
-            return None
-        default = dist.group.WORLD
-        fits = (default.rank(), default.size()) == (shard.rank, shard.world)
-        return Peers(default) if fits and has_gloo(default) else None
-    if (peers.group.rank(), peers.group.size()) != (shard.rank, shard.world):
-        raise ConfigError(
-            f"this process has rank {peers.group.rank()} of {peers.group.size()} in the group, but loads shard "
-            f"{shard.rank} of {shard.world}; pass the group whose ranks are the shards"
-        )
-    if not has_gloo(peers.group):
-        raise ConfigError(
-            f"the group has {dist.get_backend_config(peers.group)}, but processes talk over gloo; make it with "
-            "backend='cpu:gloo,cuda:nccl'"
-        )
-    return peers
 
 
 @dataclass(slots=True)
@@ -91,8 +52,7 @@ class Exchange:
     """
 
     plan: SharedPlan
-    shard: Shard
-    peers: Peers
+    rounds: Rounds
     placements: Mapping[str, Placement]
     assembly: Assembly
     staging: Staging
@@ -102,25 +62,24 @@ class Exchange:
     _index: dict[tuple[str, int], int] = field(init=False)  # shard and begin of an extent -> its place in the plan
     _names: set[str] = field(init=False)
     _ready: list[Filled] = field(default_factory=list)
-    _round: dist.Work | None = None
-    _words: list[Tensor] = field(default_factory=list)
     _error: Exception | None = None  # of this process, which the others do not know yet
     _is_reading: bool = True
-    _is_open: bool = True  # the others wait for this process's next word, or will
 
     def __enter__(self) -> Self:
         self._index = {(item.extent.shard, item.extent.begin): i for i, item in enumerate(self.plan.items)}
         self._names = self.plan.names
-        self._lane = self.staging.take(self.plan.staging_bytes, threading.Event())
-        if self._is_on_device:  # NCCL makes its connections where all take part; not all do in what follows
-            with self._talking():
-                dist.all_reduce(torch.zeros(1, device=self.device), group=self.peers.group)
+        try:
+            self._lane = self.staging.take(self.plan.staging_bytes, threading.Event())
+            self._connect()
+        except BaseException as error:
+            self._tell(error)
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._is_open:
+        if error is not None and self.rounds.is_open:
             self._tell(error)
 
     def place_of(self, piece: Piece) -> Tensor | None:
@@ -136,77 +95,61 @@ class Exchange:
 
     def step(self) -> None:
         """Go on with the rounds without waiting for others; with transfers, if all have agreed on some."""
-        if self._round is not None and not self._round.is_completed():
+        if self.rounds.is_under_way:
             return
         # After transfers the others are here too: what is ready goes at once, in rounds that nobody waits for.
-        while self._round is not None and self._end_round():
-            self._begin_round(self._word())
-        self._begin_round(self._word())
+        while self.rounds.is_begun and self._end_round():
+            self.rounds.begin(self._word())
+        self.rounds.begin(self._word())
 
     def finish(self) -> None:
         """Go on until all processes have read all and got all."""
         self._is_reading = False
-        while self._is_open:
-            if self._round is None:
-                self._begin_round(self._word())
+        while self.rounds.is_open:
+            if not self.rounds.is_begun:
+                self.rounds.begin(self._word())
             self._end_round()
+
+    def _connect(self) -> None:
+        """NCCL makes its connections where all take part; not all do in what follows."""
+        if not self._is_on_device:
+            return
+        try:
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.rounds.peers.group)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"process {self.rounds.shard.rank} of the {self.rounds.shard.world} that load together cannot connect "
+                f"{self.device} with the others': {error}; look at NCCL_DEBUG=INFO, or load with exchange=False"
+            ) from error
 
     def _word(self) -> int:
         if self._ready:
             return self._index[self._ready[0].extent.shard, self._ready[0].extent.begin]
         return NOTHING if self._is_reading else DONE
 
-    def _begin_round(self, word: int) -> None:
-        self._words = [torch.zeros(1, dtype=torch.int64) for _ in range(self.shard.world)]
-        with self._talking():
-            own = torch.tensor([word], dtype=torch.int64)
-            self._round = dist.all_gather(self._words, own, group=self.peers.group, async_op=True)
-
     def _end_round(self) -> bool:
         """Wait for the words and do what they say; whether there was anything to transfer."""
-        words = self._agree()
+        words = self.rounds.agree()
         self._transfer(words)
         if self._error is not None:
             raise self._error
-        self._is_open = any(word != DONE for word in words)
+        self.rounds.is_open = any(word != DONE for word in words)
         return any(word >= 0 for word in words)
-
-    def _agree(self) -> list[int]:
-        """The words of the round.
-
-        Raises:
-            CheckpointError: one of them is FAILED.
-        """
-        assert self._round is not None
-        self._is_open = False
-        with self._talking():
-            self._round.wait()
-            self._round = None
-            words = [int(word) for word in self._words]
-            if FAILED not in words:
-                return words
-            rank = words.index(FAILED)
-            text = _encode(self._error) if rank == self.shard.rank else torch.zeros(TEXT_BYTES, dtype=torch.uint8)
-            dist.broadcast(text, group=self.peers.group, group_src=rank)
-        raise CheckpointError(
-            f"process {rank} of the {self.shard.world} that load together failed, so this one gave up too; there: "
-            f"{_decode(text)}"
-        )
 
     def _transfer(self, words: list[int]) -> None:
         for owner, word in enumerate(words):
             if word < 0:
                 continue
             item = self.plan.items[word]
-            if owner == self.shard.rank:
+            if owner == self.rounds.shard.rank:
                 self._send(item)
-            elif self.shard.rank in item.holders:
+            elif self.rounds.shard.rank in item.holders:
                 self._receive(item)
-        self._is_open = True
+        self.rounds.is_open = True
 
     def _send(self, item: SharedExtent) -> None:
         filled = self._ready.pop(0)
-        others = [rank for rank in item.holders if rank != self.shard.rank]
+        others = [rank for rank in item.holders if rank != self.rounds.shard.rank]
         for piece in item.extent.pieces:
             content = filled.bytes_of(piece)
             if self._is_on_device:
@@ -247,7 +190,7 @@ class Exchange:
         space = self._space(piece.num_bytes)
         parts = []
         for rank in others:
-            cut = cut_of(placement, piece.entry, Shard(rank, self.shard.world))
+            cut = cut_of(placement, piece.entry, Shard(rank, self.rounds.shard.world))
             assert cut is not None
             columns = value.narrow(cut.dim, cut.start, cut.stop - cut.start)
             num_bytes = piece.num_bytes // num_parts(cut, piece.entry)
@@ -260,7 +203,7 @@ class Exchange:
     @property
     def _is_on_device(self) -> bool:
         """Whether tensors are sent from device to device; otherwise over the host."""
-        return self.device.type == "cuda" and "nccl" in dist.get_backend_config(self.peers.group)
+        return self.device.type == "cuda" and "nccl" in dist.get_backend_config(self.rounds.peers.group)
 
     def _space(self, num_bytes: int) -> Tensor:
         if self._is_on_device:
@@ -268,45 +211,20 @@ class Exchange:
         return self._lane[:num_bytes]
 
     def _operation(self, kind: Callable[..., dist.Work | None], part: Tensor, rank: int) -> dist.P2POp:
-        return dist.P2POp(kind, part, group=self.peers.group, group_peer=rank)
+        return dist.P2POp(kind, part, group=self.rounds.peers.group, group_peer=rank)
 
     def _talk(self, operations: list[dist.P2POp]) -> None:
-        with self._talking():
+        with self.rounds.talking():
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
 
-    @contextlib.contextmanager
-    def _talking(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # what torch.distributed raises for whatever happened to the connection
-            self._is_open = False
-            raise CheckpointError(
-                f"process {self.shard.rank} of the {self.shard.world} that load together lost another one: {error}; "
-                "look for the one that ended or hangs, and load again in all of them"
-            ) from error
-
     def _tell(self, error: BaseException) -> None:
-        """Say FAILED to all, after what was agreed before."""
+        """Say that this process failed to all, after what was agreed before."""
         self._error = error if isinstance(error, Exception) else Stopped(type(error).__name__)
         try:
-            if self._round is not None:
-                self._transfer(self._agree())
-            self._begin_round(FAILED)
-            self._agree()
-        except CheckpointError as answer:  # this one at least
+            if self.rounds.is_begun:
+                self._transfer(self.rounds.agree(self._error))
+        except CheckpointError as answer:  # another one failed, too
             logger.info("gave up: %s", answer)
-
-
-def has_gloo(group: dist.ProcessGroup) -> bool:
-    return "cpu:gloo" in dist.get_backend_config(group)
-
-
-def _encode(error: Exception | None) -> Tensor:
-    """uint8 [TEXT_BYTES], filled up with zeros."""
-    text = f"{type(error).__name__}: {error}".encode()[:TEXT_BYTES]
-    return torch.tensor(list(text.ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8)
-
-
-def _decode(text: Tensor) -> str:
-    return bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+        else:
+            self.rounds.tell(self._error)

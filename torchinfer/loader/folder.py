@@ -27,6 +27,8 @@ from torchinfer.loader.source import (
     check_inside,
 )
 
+NFS_KINDS = ("nfs", "nfs4")  # network storage that keeps inode numbers
+INODE = "inode "  # begin of a version that holds the number
 CACHE_SAMPLES = 8  # of an extent, to see whether it is in the page cache
 READ_BYTES = 8 << 20  # in one call: enough for the largest read-ahead, little enough to stop soon
 TRANSIENT = {
@@ -67,7 +69,7 @@ class FileReader(Reader):
 
     def check(self) -> None:
         try:
-            found = _file_stat(os.fstat(self._descriptor))
+            found = _file_stat(os.fstat(self._descriptor), has_inode=self._pinned.version.startswith(INODE))
         except OSError as error:
             raise self._error("look at", error) from error
         if found != self._pinned:
@@ -95,17 +97,19 @@ class FolderSource(Source):
         self.path = Path(path)
         self.address = str(path)
         try:
-            mode = _patiently("open", self.path, self.path.stat).st_mode
+            status = _patiently("open", self.path, self.path.stat)
         except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
             raise CheckpointError(
                 f"{str(path)!r} does not exist; pass the folder that holds config.json and *.safetensors"
             ) from error
         except OSError as error:
             raise _fatal("open", self.path, error) from error
-        if not stat_module.S_ISDIR(mode):
+        if not stat_module.S_ISDIR(status.st_mode):
             raise CheckpointError(f"{path} is a file; pass the folder that holds it")
         mount = mount_of(self.path)
         self.kind, self.is_network = mount.kind, mount.is_network
+        # Of the device whose files keep their inode numbers; files behind links may be on another one.
+        self._inode_device = status.st_dev if not mount.is_network or mount.kind in NFS_KINDS else None
 
     def names(self) -> list[str]:
         def scan() -> list[str]:
@@ -126,7 +130,7 @@ class FolderSource(Source):
             raise _fatal("open", path, error) from error
         if not stat_module.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path} is not a regular file; a checkpoint has regular files only")
-        return _file_stat(status)
+        return _file_stat(status, has_inode=status.st_dev == self._inode_device)
 
     def open(self, name: str, stat: FileStat, *, end: int | None = None, direct: bool = False) -> FileReader:
         check_inside(name)
@@ -174,9 +178,13 @@ def _is_ready(descriptor: int, offset: int) -> bool:
         return False
 
 
-def _file_stat(status: os.stat_result) -> FileStat:
-    """Inode numbers are left out: a FUSE file may get another one while it stays the same."""
-    return FileStat(status.st_size, f"modified {status.st_mtime_ns}")
+def _file_stat(status: os.stat_result, *, has_inode: bool) -> FileStat:
+    """Another inode is another file, also where size and time were kept (`mv`, `rsync -t`); but not on FUSE, where a
+    daemon may give the same file another number when it is looked up again, as gcsfuse and rclone do. The time of the
+    last change of the inode is left out everywhere: a chown changes it (Kubernetes' fsGroup, by each pod that mounts
+    the volume), and on gcsfuse it is the time of modification."""
+    version = f"modified {status.st_mtime_ns}"
+    return FileStat(status.st_size, f"{INODE}{status.st_ino}, {version}" if has_inode else version)
 
 
 def _fatal(verb: str, path: Path, error: OSError) -> CheckpointError:

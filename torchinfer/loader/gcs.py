@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 METADATA_SECONDS = 60.0  # for one list or one look at an object, gcsfs's own retries included
 STALL_SECONDS = 20.0
-MAX_GAP_BYTES = 1 << 20  # up to here bytes are read and dropped; beyond, a new request is sooner there
+MAX_GAP_BYTES = 1 << 20  # up to here bytes are read and dropped; beyond, a new request is sooner there, and sends less
 SKIP_BYTES = 64 << 10
 REFUSED = re.compile(r"^Forbidden|credential", re.IGNORECASE)  # how gcsfs's messages say it
 ADDRESS = re.compile(r"gs://?([a-z0-9][a-z0-9._-]*)(?:/(.*))?")
@@ -48,6 +48,7 @@ class GcsSource(Source):
 
     is_network = True
     kind = "gs"
+    max_gap_bytes = MAX_GAP_BYTES - 1
 
     def __init__(
         self, address: str | Path, *, fs: GCSFileSystem | None = None, stall_timeout: float = STALL_SECONDS
@@ -141,7 +142,7 @@ class GcsReader(Reader):
         stream = self._stream
         if stream and stream.position <= offset < min(stream.stop, stream.position + MAX_GAP_BYTES):
             while stream.position < offset:
-                stream.read_some(memoryview(bytearray(min(SKIP_BYTES, offset - stream.position))))
+                self.skipped_bytes += stream.read_some(memoryview(bytearray(min(SKIP_BYTES, offset - stream.position))))
             return stream
         self.close()
         self._stream = self._source.stream(self._pinned, offset, self._end if offset < self._end else self._pinned.size)

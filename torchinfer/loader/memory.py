@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from torchinfer.errors import DeviceError
 from torchinfer.loader.retry import Stopped
+
+logger = logging.getLogger(__name__)
 
 LARGE_PAGE = 2 << 20
 SLAB_BYTES = 512 << 20
@@ -29,7 +32,10 @@ def allocate(num_bytes: int) -> Tensor:
     except OSError as error:
         raise DeviceError(f"the host has no {num_bytes} bytes of memory: {error}; use a machine with more") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel that was built without them
+            logger.debug("no large pages: %s", error)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -57,6 +63,13 @@ def padded(num_bytes: int) -> int:
     return -(-num_bytes // PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT
 
 
+def buffer_bytes(num_bytes: int, is_pinned: bool) -> int:
+    """What a buffer for so many bytes takes: whole large pages; pinned a power of two, as torch's allocator makes it
+    (ATen/core/CachingHostAllocator.h, torch 2.9)."""
+    size = -(-num_bytes // LARGE_PAGE) * LARGE_PAGE
+    return 1 << (size - 1).bit_length() if is_pinned and size else size
+
+
 @dataclass(slots=True)
 class Staging:
     """Buffers on the way from the storage to their place; together never more than `limit` bytes.
@@ -77,7 +90,7 @@ class Staging:
         Raises:
             Stopped: `stop` was set meanwhile.
         """
-        size = -(-num_bytes // LARGE_PAGE) * LARGE_PAGE
+        size = buffer_bytes(num_bytes, self.is_pinned)
         assert size <= self.limit, f"{size} bytes at once are over the limit of {self.limit}; plan() sees to that"
         with self._condition:
             while not stop.is_set():
@@ -101,11 +114,11 @@ class Staging:
             self._free.append(buffer)
             self._condition.notify_all()
 
-    def forget(self, buffer: Tensor) -> None:
-        """Let go of a buffer that a reader which hangs may still write to: it is freed when that reader ends."""
+    def clear(self) -> None:
+        """Free the buffers that nobody uses."""
         with self._condition:
-            self._held -= len(buffer)
-            self._condition.notify_all()
+            self._held -= sum(map(len, self._free))
+            self._free.clear()
 
     def _remove_free(self, buffer: Tensor) -> None:
         self._free = [other for other in self._free if other is not buffer]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from torchinfer.quantization.source import Shape
 from torchinfer.weight_map import Target
 
 NUMBER = "0|[1-9][0-9]*"
+PACKED_AT_ONCE_BYTES = 4 << 20  # of rows that must become float32 before they are packed
+SOURCE_COPIES = 3  # that a format's conversion makes at most of the larger of a tensor and its result
 LOADABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,6 +41,8 @@ class Placement:
     cut: Cut | None = None  # None: the tensor as a whole
     matrix: QuantizedMatrix | None = None  # that `parameter` is, and whose scheme the tensor is packed by
     convert: Callable[[Tensor], Tensor] | None = None  # what must see the whole tensor before it is placed
+    copies: int = 1  # that `convert` makes at most, of the larger of the tensor and its result
+    result_bytes: int = 0  # of what `convert` gives, where it is not the tensor in another order
     shapes: tuple[tuple[int, ...], ...] = ()  # that the tensor may have; empty: that of the part
     dtypes: tuple[torch.dtype, ...] = ()  # of the tensor; empty: those that the parameter's can be made of
     view: torch.dtype | None = None  # what the tensor's bytes are numbers of, if not of its own dtype
@@ -54,8 +59,38 @@ class Placement:
     def pack(self, rows: Tensor, into: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         """Rows of the tensor as the matrix holds them; raises nothing where `matrix` is set. See `Scheme.pack`."""
         assert self.matrix is not None
-        rows = rows if self.columns is None else rows.float() * self.columns.to(rows.device)
-        return self.matrix.scheme.pack(rows, into)
+        scheme = self.matrix.scheme
+        if not self._packs_floats(rows.dtype):
+            return scheme.pack(rows, into)
+        into = scheme.empty(len(rows), rows.shape[1], rows.device) if into is None else into
+        blocks = {name: spec.row_block or 1 for name, spec in self.matrix.specs.items()}
+        count = self._rows_at_once(rows.shape[1])
+        for first in range(0, len(rows), count):
+            last = min(first + count, len(rows))
+            parts = {name: into[name][first // block : -(-last // block)] for name, block in blocks.items()}
+            scheme.pack(self._floats(rows[first:last]), parts)
+        return into
+
+    def temporary_bytes(self, entry: TensorEntry) -> int:
+        """What it takes at most to convert and pack the tensor, beside its bytes and its place."""
+        found = self.copies * max(entry.num_bytes, self.result_bytes) if self.convert is not None else 0
+        if self.matrix is not None and self._packs_floats(entry.dtype):
+            num_rows, num_columns = entry.shape
+            found += min(num_rows, self._rows_at_once(num_columns)) * num_columns * torch.float32.itemsize
+        return found
+
+    def _floats(self, rows: Tensor) -> Tensor:
+        """As float32, and with what its columns are multiplied by."""
+        found = rows.to(torch.float32, copy=True)
+        return found if self.columns is None else found.mul_(self.columns.to(rows.device))
+
+    def _packs_floats(self, dtype: torch.dtype) -> bool:
+        """Whether rows become float32 first: where they change, or where no kernel reads them as they are."""
+        return self.columns is not None or dtype == torch.float64
+
+    def _rows_at_once(self, num_columns: int) -> int:
+        row_bytes = self.row_block * num_columns * torch.float32.itemsize
+        return self.row_block * max(1, PACKED_AT_ONCE_BYTES // row_bytes)
 
     @property
     def row_block(self) -> int:
@@ -192,6 +227,8 @@ def _sources(name: str, placement: Placement, matrix: QuantizedMatrix) -> Iterat
                 placement.expert,
                 own,
                 convert=partial(_convert, source.convert, shape) if source.convert is not None else None,
+                copies=SOURCE_COPIES,
+                result_bytes=prod(shape) * spec.dtype.itemsize,
                 shapes=source.shapes(rows.stop - rows.start) if source.shapes is not None else (),
                 dtypes=source.dtypes,
                 view=source.view,

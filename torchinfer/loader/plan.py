@@ -11,24 +11,29 @@ sequential, and a request to Cloud Storage waits 45 ms for its first byte
 from __future__ import annotations
 
 import itertools
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted
-from torchinfer.loader.memory import LARGE_PAGE
+from torchinfer.loader.memory import LARGE_PAGE, buffer_bytes
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.source import ALIGNMENT
 
+logger = logging.getLogger(__name__)
+
+DEFAULT_MEMORY = 2 << 30  # of a load, where no limit is given
+ROOM_BYTES = 512 << 20  # to read beside what is needed at least, where none is
 EXTENT_BYTES = 64 << 20  # on local storage
 NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
 NO_FILES: Mapping[str, int] = {}
 TOLERANCE = 0.25  # of an extent that a file's extents may be longer by together: better than one more, short one
-MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent: storage skips them on the same stream
+MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent, where the source says nothing else: skipped on one stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +113,12 @@ def plan_extents(
     tensors: Mapping[str, TensorEntry],
     extent_bytes: int,
     whole_files: Mapping[str, int] = NO_FILES,
+    max_gap_bytes: int = MAX_GAP_BYTES,
 ) -> list[Extent]:
     """All that these placements need, each byte once, in extents of at most about `extent_bytes`.
 
-    A tensor that is converted as a whole is one piece, whatever its size. Of
-    `whole_files` (name -> bytes) everything else is read too, as filler.
+    A tensor that is converted as a whole is one piece, whatever its size. Of bytes that are not wanted at most
+    `max_gap_bytes` lie between two pieces. Of `whole_files` (name -> bytes) everything else is read too, as filler.
     """
     by_shard: dict[str, list[Piece]] = {shard: [] for shard in whole_files}
     for name, placement in placements.items():
@@ -121,7 +127,9 @@ def plan_extents(
             by_shard.setdefault(entry.shard, []).append(_wanted(entry, placement))
     for shard, size in whole_files.items():
         by_shard[shard] += _fillers(shard, by_shard[shard], size)
-    return [extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes)]
+    return [
+        extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes, max_gap_bytes)
+    ]
 
 
 def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int) -> int:
@@ -133,22 +141,49 @@ def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int)
     return max(SMALLEST_EXTENT_BYTES, min(-(-num_bytes // (num_readers * num_turns)), fitting))
 
 
-def check_fits(extents: Iterable[Extent], limit: int, other_bytes: int = 0) -> None:
-    """Refuse a limit that the largest extent does not fit in, beside `other_bytes` that are held all the time.
+def needed_memory(extents: Iterable[Extent], other_bytes: int, is_pinned: bool = False) -> int:
+    """To read the largest extent beside `other_bytes`: of conversions, of an exchange, of what is put together."""
+    largest = max((extent.staging_bytes for extent in extents), default=0)
+    return buffer_bytes(largest, is_pinned) + other_bytes
+
+
+def choose_memory(extents: Sequence[Extent], limit: int | None, other_bytes: int = 0, is_pinned: bool = False) -> int:
+    """The memory of a load: `limit`, or without one DEFAULT_MEMORY, and more where the largest tensors need it.
 
     Raises:
-        ConfigError: with that extent's tensor and the limit that would do.
+        ConfigError: `limit` is less than `needed_memory`; with the largest extent's tensor and the limit that would do.
     """
-    largest = max(extents, key=lambda extent: extent.staging_bytes, default=None)
-    if largest is None:
-        return
-    needed = -(-largest.staging_bytes // LARGE_PAGE) * LARGE_PAGE + other_bytes
+    needed = needed_memory(extents, other_bytes, is_pinned)
+    if limit is None:
+        if needed + ROOM_BYTES > DEFAULT_MEMORY:
+            logger.info("tensors need %d bytes of load memory at once: it is not %d", needed, DEFAULT_MEMORY)
+        return max(DEFAULT_MEMORY, needed + ROOM_BYTES)
     if needed > limit:
+        largest = max(extents, key=lambda extent: extent.staging_bytes)
         name = max(largest.pieces, key=lambda piece: piece.num_bytes).entry.name
+        beside = f", {other_bytes} of them for what tensors become on the way" if other_bytes else ""
         raise ConfigError(
-            f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once; use "
-            f"load_memory={needed} or more"
+            f"load_memory={limit} bytes is too little: tensor {quoted(name)} needs {needed} bytes of it at once"
+            f"{beside}; use load_memory={needed} or more"
         )
+    return limit
+
+
+def temporary_bytes(placements: Mapping[str, Placement], tensors: Mapping[str, TensorEntry]) -> int:
+    """Host memory that converting and packing takes at most: one tensor at a time."""
+    return max((placement.temporary_bytes(tensors[name]) for name, placement in placements.items()), default=0)
+
+
+def copied_bytes(extents: Iterable[Extent], placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
+    """Host memory that copies of an extent's tensors take at most, as they become in a model of `dtype`."""
+    return max((sum(_copied(piece, placements, dtype) for piece in extent.pieces) for extent in extents), default=0)
+
+
+def _copied(piece: Piece, placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
+    if piece.is_filler:
+        return 0
+    numbers = piece.num_bytes // piece.entry.dtype.itemsize
+    return max(piece.num_bytes, numbers * dtype.itemsize, placements[piece.entry.name].result_bytes)
 
 
 def _wanted(entry: TensorEntry, placement: Placement) -> Piece:
@@ -172,18 +207,18 @@ def _fillers(shard: str, pieces: list[Piece], size: int) -> list[Piece]:
     return found
 
 
-def _extents(shard: str, pieces: list[Piece], extent_bytes: int) -> Iterator[Extent]:
+def _extents(shard: str, pieces: list[Piece], extent_bytes: int, max_gap_bytes: int) -> Iterator[Extent]:
     """Extents of about the same length, so that readers which started together end together."""
     pieces.sort(key=lambda piece: piece.offset)
     gaps = [after.offset - before.end for before, after in itertools.pairwise(pieces)]
-    length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= MAX_GAP_BYTES)
+    length = sum(piece.num_bytes for piece in pieces) + sum(gap for gap in gaps if gap <= max_gap_bytes)
     length = -(-length // max(1, math.ceil(length / extent_bytes - TOLERANCE)))
     length += length // 64  # or the rounding to whole rows would leave a crumb
     group: list[Piece] = []
     for wanted in pieces:
         rest: Piece | None = wanted
         while rest is not None:
-            if group and rest.offset - group[-1].end > MAX_GAP_BYTES:
+            if group and rest.offset - group[-1].end > max_gap_bytes:
                 yield Extent(shard, tuple(group))
                 group = []
             left = length - (rest.offset - group[0].offset) if group else max(length, rest.smallest_bytes)

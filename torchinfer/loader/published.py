@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -144,13 +145,17 @@ def _left_out(
 
 def _verify(checkpoint: Checkpoint, checks: Mapping[str, Check]) -> None:
     """Side by side: they are small, and over a network each is a round trip."""
+    stop = threading.Event()
 
     def problem(name: str) -> str | None:
-        text = checks[name](checkpoint.read(name))
+        text = checks[name](checkpoint.read(name, stop))
         return None if text is None else f"tensor {quoted(name)} {text}"
 
     with ThreadPoolExecutor(HEADER_READERS, "check") as pool:
-        problems = [text for text in pool.map(problem, checks) if text is not None]
+        try:
+            problems = [text for text in pool.map(problem, checks) if text is not None]
+        finally:
+            stop.set()  # after an error or Ctrl-C nobody waits for what is left
     raise_all(shorten(problems), CheckpointError, f"{checkpoint.address} comes quantized")
 
 

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 
 class Stopped(Exception):
-    """The load was given up while this read was under way."""
+    """The load, or this reader, was given up while the read was under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,12 @@ METADATA_POLICY = RetryPolicy(attempts=5, max_delay=2.0, deadline=30.0)  # of ca
 
 @dataclass(slots=True)
 class Attempts:
-    """What the readers of one load share: the policy, the order to stop, and the count of retries."""
+    """What one reader, or several, try by: the policy, the order to stop, and the count of retries."""
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     stop: threading.Event = field(default_factory=threading.Event)
     num_retries: int = 0
+    last_error: str = ""
 
     def run(self, what: str, attempt: Callable[[], bool]) -> None:
         """Call `attempt` until it returns True; False or progress in it means to call again at once.
@@ -69,6 +70,7 @@ class Attempts:
             except TransientError as error:
                 failures += 1
                 self.num_retries += 1
+                self.last_error = str(error)
                 self._wait(what, error, failures, time.monotonic() - since)
 
     def call(self, what: str, function: Callable[[], Result]) -> Result:
@@ -90,7 +92,8 @@ class Attempts:
                 f"(limits: {policy.attempts} attempts, {policy.deadline:g} s); check the storage and load again"
             ) from error
         delay = policy.delay(failures)
-        logger.warning("cannot %s: %s; attempt %d follows in %.1f s", what, error, failures + 1, delay)
+        # Its text: a record with the error keeps its traceback, and in that the memory that was read into.
+        logger.warning("cannot %s: %s; attempt %d follows in %.1f s", what, str(error), failures + 1, delay)
         if self.stop.wait(delay):
             raise Stopped
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.memory import LARGE_PAGE
 from torchinfer.loader.placement import Placement
-from torchinfer.loader.plan import Extent, plan_extents
+from torchinfer.loader.plan import MAX_GAP_BYTES, Extent, plan_extents
 from torchinfer.parallel import Cut, Shard
 
 
@@ -80,6 +80,7 @@ def plan_shared(
     shard: Shard,
     block_bytes: int,
     smallest_bytes: int,
+    max_gap_bytes: int = MAX_GAP_BYTES,
 ) -> SharedPlan:
     """What several processes need, in extents of about `block_bytes`. The owner of each is the holder that has the
     least to read until then.
@@ -94,7 +95,7 @@ def plan_shared(
     num_bytes = [0] * shard.world
     shared = []
     for holders, group in sorted(by_holders.items(), key=lambda item: item[0]):
-        for extent in plan_extents(group, tensors, block_bytes):
+        for extent in plan_extents(group, tensors, block_bytes, max_gap_bytes=max_gap_bytes):
             owner = min(holders, key=lambda rank: num_bytes[rank])
             num_bytes[owner] += extent.num_bytes
             shared.append(SharedExtent(extent, owner, holders))

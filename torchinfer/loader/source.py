@@ -36,6 +36,8 @@ class FileStat:
 class Reader(abc.ABC):
     """One open file. For one thread, and for reading forward: storage keeps its stream and read-ahead per handle."""
 
+    skipped_bytes: int = 0  # that the storage gave between reads
+
     @abc.abstractmethod
     def read_some(self, offset: int, buffer: memoryview) -> int:
         """Read bytes from `offset` into the writable `buffer`; returns how many, at least 1, or 0 at the file's end.
@@ -72,6 +74,7 @@ class Source(abc.ABC):
     address: str  # for messages
     is_network: bool  # a read costs a round trip, and more readers give more
     kind: str  # of storage, for people: "ext4", "fuse.gcsfuse", "gs"
+    max_gap_bytes: int = 4 << 20  # that a handle skips between two reads; beyond, another one reads on
 
     @abc.abstractmethod
     def names(self) -> list[str]:

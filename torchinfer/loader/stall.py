@@ -1,9 +1,9 @@
 """Calls of the storage that may hang: each runs in a thread of its own, and another thread tries again.
 
 A system call on a mount that hangs can be neither ended nor given a time limit. So the caller waits for a thread that
-calls; when nothing has come for STALL_SECONDS, another begins anew, through a handle of its own, and after MAX_STALLS
-there is an error. A thread that was left behind ends when the storage answers, and what it gets is thrown away. What
-reads the weights does the same with its extents (readers.py).
+calls; when it has brought less than STALL_BYTES in STALL_SECONDS, another begins anew, through a handle of its own, and
+after MAX_STALLS there is an error. A thread that was left behind ends when the storage answers, and what it gets is
+thrown away. What reads the weights does the same with its extents (readers.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torchinfer.loader.source import Source
 
 logger = logging.getLogger(__name__)
 
-STALL_SECONDS = 60.0  # without a byte, after which another thread tries
+STALL_SECONDS = 60.0  # after which another thread tries, when it brought less than
+STALL_BYTES = 1 << 20  # or a trickle would never end; at that rate 128 MiB, the longest extents, take two hours
 MAX_STALLS = 3  # of one call, or of one extent
 POLL_SECONDS = 0.1
 
@@ -30,22 +31,40 @@ class StalledError(CheckpointError):
 
 
 @dataclass(slots=True)
+class Progress:
+    """Whether bytes come as they should: STALL_BYTES in the time of a stall."""
+
+    num_bytes: int = 0  # since then
+    since: float = field(default_factory=time.monotonic)
+
+    def count(self, num_bytes: int) -> None:
+        """So many bytes have come."""
+        self.num_bytes += num_bytes
+        if self.num_bytes >= STALL_BYTES:
+            self.num_bytes, self.since = 0, time.monotonic()
+
+    def is_stalled(self, seconds: float) -> bool:
+        """Whether that time has passed with less."""
+        return time.monotonic() - self.since > seconds
+
+
+@dataclass(slots=True)
 class Trial:
     """One of the times that something is tried: what the thread that tries reads with."""
 
     attempts: Attempts = field(default_factory=Attempts)
-    last_byte: float = field(default_factory=time.monotonic)
+    progress: Progress = field(default_factory=Progress)
 
     def count(self, num_bytes: int) -> None:
         """So many bytes have come."""
-        self.last_byte = time.monotonic()
+        self.progress.count(num_bytes)
 
 
 def unless_stalled(what: str, call: Callable[[Trial], Result], stop: threading.Event | None = None) -> Result:
     """What `call` returns or raises. It must write to nothing but memory of its own: several may run at once.
 
     Raises:
-        StalledError: nothing came for STALL_SECONDS, MAX_STALLS times; `what` says what of which file.
+        StalledError: less than STALL_BYTES came in STALL_SECONDS, MAX_STALLS times; `what` says what of which file.
         Stopped: `stop` is set.
     """
     for number in range(1, MAX_STALLS + 1):
@@ -60,10 +79,11 @@ def unless_stalled(what: str, call: Callable[[Trial], Result], stop: threading.E
             raise error
         for result in results:
             return result
+        came = f"only {trial.progress.num_bytes} bytes" if trial.progress.num_bytes else "nothing"
         if number < MAX_STALLS:
-            logger.warning("cannot %s: nothing came for %g s; another thread tries again", what, STALL_SECONDS)
+            logger.warning("cannot %s: %s came for %g s; another thread tries again", what, came, STALL_SECONDS)
     raise StalledError(
-        f"cannot {what}: nothing came for {STALL_SECONDS:g} s, {MAX_STALLS} times; check the storage (and the mount) "
+        f"cannot {what}: {came} came for {STALL_SECONDS:g} s, {MAX_STALLS} times; check the storage (and the mount) "
         "and load again"
     )
 
@@ -91,8 +111,8 @@ def _run(call: Callable[[Trial], Result], trial: Trial, results: list[Result], e
 
 
 def _wait(thread: threading.Thread, trial: Trial, stop: threading.Event | None) -> None:
-    """Until the thread has ended, or nothing has come for STALL_SECONDS."""
-    while thread.is_alive() and time.monotonic() - trial.last_byte <= STALL_SECONDS:
+    """Until the thread has ended, or too little has come in STALL_SECONDS."""
+    while thread.is_alive() and not trial.progress.is_stalled(STALL_SECONDS):
         if stop is not None and stop.is_set():
             raise Stopped
         thread.join(POLL_SECONDS)

@@ -47,6 +47,7 @@ class Decoder(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, has_head_bias)
         self.head_scheme: Scheme | None = None  # tied: of the copy that `copy_table` makes
         self.prepared_head: PreparedWeight | None = None
+        self.gather: Callable[[Tensor], Tensor] | None = None  # a process's columns of logits -> those of all
         self.rope = Rope(config.rope)
         self.local_rope = Rope(config.local_rope) if config.local_rope is not None else None
         self.embedding_scale = embedding_scale
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, hidden] of forward's result -> [N, vocab] float32."""
         scores = kernels.linear(hidden, self.tied_head) if self.head is None else self.head(hidden)
-        scores = scores.float()
+        scores = scores.float() if self.gather is None else self.gather(scores).float()
         cap = self.config.logit_soft_cap
         return scores if cap is None else cap * torch.tanh(scores / cap)
 
@@ -101,13 +102,19 @@ class Decoder(nn.Module):
         del self.head.weight
         self.head.weight = matrix.to(device)
 
-    def prepare(self, num_cores: int | None = None, settle: Callable[[nn.Module], None] | None = None) -> None:
+    def prepare(
+        self,
+        num_cores: int | None = None,
+        settle: Callable[[nn.Module], None] | None = None,
+        fuses: bool = True,
+    ) -> None:
         """Bring the matrices into the layout of the device's kernels; their parameters are gone then. Fuse what it can.
 
         One matrix at a time is copied. A table that is also the head is read by rows too, so that its layout is a copy
         that stays: of a model of 0.5 billion parameters with 150,000 tokens a quarter of its memory.
 
         num_cores: of a TPU, see `kernels.prepare`. `settle` is called after each layer whose matrices may be new.
+        fuses: not where modules are between that add something of their own, such as sums over several processes.
         """
         for module in self.modules():
             prepare_matrices(module, num_cores)
@@ -115,7 +122,7 @@ class Decoder(nn.Module):
                 settle(module)
         if self.head is None and self.prepared_head is None:
             self.prepared_head = kernels.prepare(self.embedding.weight.data, num_cores=num_cores)
-        for block in self.layers:
+        for block in self.layers if fuses else ():
             if isinstance(block, Block):
                 block.fuse()
 

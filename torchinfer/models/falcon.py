@@ -58,7 +58,12 @@ def _checkpoint(config: ModelConfig) -> dict[str, Target]:
 def ungroup(merged: Tensor, num_kv_heads: int, group: int) -> Tensor:
     """Rows [group query heads, key, value] of each key head -> all queries, all keys, all values."""
     heads = merged.view(num_kv_heads, group + 2, -1, *merged.shape[1:])  # [K, G + 2, D, ...]
-    return torch.cat([part.flatten(0, 2) for part in heads.split_with_sizes((group, 1, 1), 1)])
+    found = torch.empty_like(merged)
+    sizes = [num_kv_heads * count * heads.shape[2] for count in (group, 1, 1)]
+    parts = zip(found.split_with_sizes(sizes), heads.split_with_sizes((group, 1, 1), 1), strict=True)
+    for rows, part in parts:
+        rows.view(part.shape).copy_(part)
+    return found
 
 
 def read_config(keys: ConfigKeys) -> ModelConfig:

@@ -18,7 +18,7 @@ from torchinfer import kernels
 from torchinfer.batch import Batch, KVCache
 from torchinfer.models.config import ModelConfig
 from torchinfer.quantization.matrix import QuantizedMatrix
-from torchinfer.quantized_weight import PreparedWeight
+from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
 
 
 class Layer(nn.Module):
@@ -55,15 +55,11 @@ class Linear(Layer):
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[N, in] -> [N, out], of norm(x) if there is a norm."""
-        matrix = self.weight
-        if not isinstance(matrix, QuantizedMatrix):
-            weight = matrix() if isinstance(matrix, PreparedMatrix) else matrix
-            return kernels.linear(x if norm is None else norm(x), weight, self.bias)
-        bound = matrix.scheme.input_bound
-        if norm is not None and bound is None:
-            return kernels.linear_of_norm(x, norm.weight, norm.epsilon, norm.offset, matrix(), self.bias)
+        weight, bound = self.for_kernel(), self.input_bound
+        if norm is not None and bound is None and not isinstance(weight, Tensor):
+            return kernels.linear_of_norm(x, norm.weight, norm.epsilon, norm.offset, weight, self.bias)
         x = x if norm is None else norm(x)
-        return kernels.linear(x if bound is None else x.clamp(-bound, bound), matrix(), self.bias)
+        return kernels.linear(x if bound is None else x.clamp(-bound, bound), weight, self.bias)
 
     def gated(self, x: Tensor, activation: str, norm: RMSNorm | None = None) -> Tensor:
         """[N, in] -> [N, out / 2]: the gated activation of `forward`; in one pass where the device's kernels can."""
@@ -74,10 +70,20 @@ class Linear(Layer):
 
     def of_gated(self, gate_up: Linear, activation: str, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[N, hidden] -> [N, out], of the gated activation of gate_up(x, norm)."""
-        matrix = self.weight
-        if isinstance(matrix, QuantizedMatrix) and matrix.scheme.input_bound is None:
-            return kernels.linear_of_gated(gate_up(x, norm), activation, matrix(), self.bias)
-        return self(gate_up.gated(x, activation, norm))
+        weight = self.for_kernel()
+        if isinstance(weight, Tensor) or self.input_bound is not None or kernels.has_port("gated_linear", x):
+            return self(gate_up.gated(x, activation, norm))
+        return kernels.linear_of_gated(gate_up(x, norm), activation, weight, self.bias)
+
+    def for_kernel(self) -> Tensor | QuantizedWeight | PreparedWeight:
+        """The matrix as kernels take it."""
+        is_held = isinstance(self.weight, (QuantizedMatrix, PreparedMatrix))
+        return self.weight() if is_held else self.weight  # type: ignore[operator, return-value]
+
+    @property
+    def input_bound(self) -> float | None:
+        """Beyond which inputs are cut off before they are rounded."""
+        return self.weight.scheme.input_bound if isinstance(self.weight, QuantizedMatrix) else None
 
 
 class PreparedMatrix(nn.Module):

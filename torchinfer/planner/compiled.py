@@ -1,4 +1,4 @@
-"""The real compiler's word on a plan: a decode step and a prefill step, traced and compiled for the topology."""
+"""The real compiler's word on a plan: decode steps and a prefill step, traced and compiled for the topology."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ class CompiledStep:
     placement: Placement
     kind: str  # decode or prefill
     shape: StepShape
+    num_requests: int  # whose cache the step has; the shape's are those of the bucket
     num_pages: int
     needed_bytes: int  # weights and the cache of the bucket's requests: what a step must read
     program: aot.Compiled | None
@@ -52,6 +53,12 @@ class CompiledStep:
     seconds: float  # of tracing and compiling
     moved_bytes: int = 0  # between the chip and its memory
     kernels: tuple[StepKernel, ...] = ()  # the distinct Pallas kernels
+
+    @property
+    def name(self) -> str:
+        """v5e 2x4, decode of 64 requests."""
+        size = f"{self.num_requests:,} requests" if self.kind == "decode" else f"{self.shape.num_tokens:,} tokens"
+        return f"{self.placement.name}, {self.kind} of {size}"
 
     @property
     def cache_bytes(self) -> int:
@@ -94,6 +101,7 @@ class CompiledStep:
             "accelerator": place.accelerator.name,
             "topology": place.topology.name,
             "kind": self.kind,
+            "batch": self.num_requests,
             "num_tokens": shape.num_tokens,
             "num_requests": shape.num_requests,
             "num_pages": self.num_pages,
@@ -137,11 +145,12 @@ def compile_steps(plan: Plan, options: PlanOptions) -> list[CompiledStep]:
 
 
 def _problems(plan: Plan, options: PlanOptions, places: Sequence[Placement]) -> Iterator[str]:
-    if options.batch is not None and options.batch > plan.chunk:
-        yield (
-            f"batch={options.batch} must not be more than max_num_batched_tokens={plan.chunk}, the most tokens of a "
-            "step: lower the one or raise the other"
-        )
+    for batch in options.batch:
+        if batch > plan.chunk:
+            yield (
+                f"batch={batch} must not be more than max_num_batched_tokens={plan.chunk}, the most tokens of a "
+                "step: lower the one or raise the other"
+            )
     for place in places:
         yield from _place_problems(plan, options, place)
 
@@ -154,28 +163,19 @@ def _place_problems(plan: Plan, options: PlanOptions, place: Placement) -> Itera
             f"max_num_batched_tokens={plan.chunk} is more than the {requests} requests of a prefill step have, of "
             f"context={plan.context} tokens: use at most {requests * plan.context}, or a longer context"
         )
-    if place.topology.num_hosts > 1:
-        yield (
-            f"topology={place.topology.name!r} of {place.accelerator.name} has {place.topology.num_hosts} hosts, "
-            f"and an engine runs on the chips of one: use {_one_host(place)}, with a model that fits there "
-            "(fewer bits, --accelerator), or leave --compile out"
-        )
-    if options.batch is not None and options.batch > place.capacity.num_requests:
-        yield (
-            f"batch={options.batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
-            "ask for at most that"
-        )
-
-
-def _one_host(place: Placement) -> str:
-    """The largest topology of one host."""
-    return [each.name for each in place.accelerator.topologies if each.num_hosts == 1][-1]
+    for batch in options.batch:
+        if batch > place.capacity.num_requests:
+            yield (
+                f"batch={batch} does not fit {place.name}, which holds {place.capacity.num_requests} requests: "
+                "ask for at most that"
+            )
 
 
 def _check_host() -> None:
-    for module in ("torch_xla", "libtpu"):
-        if importlib.util.find_spec(module) is None:
-            raise DeviceError(f"--compile needs {module}, which is not installed; pip install 'torchinfer[tpu]'")
+    missing = [name for name in ("torch_xla", "jax", "torchax", "libtpu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise DeviceError(f"--compile needs {', '.join(missing)}: not installed; pip install 'torchinfer[tpu]'")
+    aot.check_compiler()
     free = free_memory_bytes(HOST)
     if free < HOST_BYTES:
         raise DeviceError(
@@ -186,13 +186,13 @@ def _check_host() -> None:
 
 def _compile_place(plan: Plan, options: PlanOptions, place: Placement) -> Iterator[CompiledStep]:
     assert place.capacity is not None and place.footprint is not None
-    most = place.capacity.num_requests
-    batch = min(most, DEFAULT_BATCH, plan.chunk) if options.batch is None else options.batch
+    batches = options.batch or (min(place.capacity.num_requests, DEFAULT_BATCH, plan.chunk),)
     width = -(-plan.context // place.footprint.page_size)
-    requests = request_buckets(batch, place.topology.num_chips)
-    for kind, tokens, rows in (("decode", batch, requests[-1]), ("prefill", plan.chunk, requests[0])):
+    steps = [("decode", batch, request_buckets(batch, place.topology.num_chips)[-1]) for batch in batches]
+    steps.append(("prefill", plan.chunk, request_buckets(1, place.topology.num_chips)[0]))
+    for kind, tokens, rows in steps:
         shape = StepShape(buckets(MIN_TOKENS, max(tokens, rows))[-1], rows, width)
-        yield _compile_step(plan, options, place, kind, shape, min(batch, rows))
+        yield _compile_step(plan, options, place, kind, shape, min(tokens, rows, max(batches)))
 
 
 def _compile_step(
@@ -203,7 +203,7 @@ def _compile_step(
     num_pages = batch * shape.table_width + 1
     request = {
         "model": str(Path(options.model).absolute() if Path(options.model).exists() else options.model),
-        "dtype": options.dtype,
+        "dtype": str(plan.source.dtype).removeprefix("torch."),
         "quantization": options.quantization,
         "expert_parallel": options.expert_parallel,
         "num_chips": part.num_chips,
@@ -219,7 +219,7 @@ def _compile_step(
     needed = part.weight_bytes + batch * part.request_bytes(plan.context)
     moved = 0 if program is None else hbm_bytes(program.hlo)
     seconds = time.monotonic() - started
-    return CompiledStep(place, kind, shape, num_pages, needed, program, error, seconds, moved, kernels)
+    return CompiledStep(place, kind, shape, batch, num_pages, needed, program, error, seconds, moved, kernels)
 
 
 def _try(

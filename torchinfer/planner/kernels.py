@@ -84,7 +84,7 @@ def _attention(call: KernelCall, kernel: aot.Kernel, part: Footprint, num_cores:
     cores."""
     config, pages = part.config, part.pages
     assert pages is not None, "the kernel attends over no other cache"
-    blocks = kernels.attention_blocks(config.num_heads, config.num_kv_heads, config.head_dim, pages.dtype)
+    blocks = kernels.attention_blocks(config.num_heads, config.num_kv_heads, config.head_dim, pages.dtype, num_cores)
     num_tokens, num_rows = sizes_of(call.results[0])[0], sizes_of(call.operands[PAGE_TABLE])[0]
     num_decodes = min(num_rows, num_tokens)
     num_prefills = -(-(num_tokens - num_decodes) // blocks.prefill_tokens)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torchinfer.config import DTYPES, KV_CACHE_DTYPES, SCHEMES, Quantization
 from torchinfer.flags import FlagSet
 
+Numbers = tuple[int, ...]  # the command line takes 8,64,256
 ALL = "all"
 KINDS = ("v5e", "v5p", "h200", "h100", "l4", ALL)
 
@@ -15,7 +16,7 @@ EXAMPLES = """examples:
   torchinfer plan --model path/to/checkpoint
   torchinfer plan --model path/to/config.json --quantization int8 --kv-cache int8 --accelerator v5e
   torchinfer plan --model path/to/config.json --accelerator v5p --topology 2x2x1 --context 8192 --price 2.10
-  torchinfer plan --model path/to/config.json --quantization int8 --accelerator v5e --context 1024 --compile --batch 8
+  torchinfer plan --model path/to/config.json --quantization int8 --accelerator v5e --compile --batch 8,64
   torchinfer plan --model path/to/config.json --quantization int8 --plot plan.svg --json | jq .placements
 
 Needs config.json and nothing else: no weights, no accelerator. docs/planning.md tells how to read the numbers."""
@@ -38,7 +39,7 @@ class PlanOptions:
     page_size: int | None = None  # None: the engine's default on each kind of chip
     plot: str | Path | None = None  # SVG file to write
     compile: bool = False  # with the TPU's own compiler
-    batch: int | None = None  # requests of the decode step that is compiled; None: 64, or what fits if that is less
+    batch: Numbers = ()  # requests of each decode step that is compiled; none: 64, or what fits if that is less
     compile_seconds: float = 900.0  # for each program
 
 
@@ -50,7 +51,8 @@ PLAN = FlagSet(
         "quantization": f"weights: {', '.join(SCHEMES)}, none; with a pattern for the layers that it fits; repeatable "
         "(default: as the checkpoint has them)",
         "kv_cache_dtype": "of the KV cache; auto: the model's",
-        "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's",
+        "dtype": "of weights that are not quantized, and activations; auto: the checkpoint's, for TPU bfloat16 in "
+        "place of float16",
         "expert_parallel": "chips have some of the experts each, whole, not a part of each",
         "context": "tokens of a request, prompt and output together (default: 4096, or the model's context if less)",
         "accelerator": "kind of chip",
@@ -60,8 +62,9 @@ PLAN = FlagSet(
         "max_num_batched_tokens": "tokens of a prompt that one step computes",
         "page_size": "tokens in a page of the KV cache, a power of two (default: 128 for a TPU's kernel, else 16)",
         "plot": "write an SVG: tokens a second and memory against the batch",
-        "compile": "compile a decode and a prefill step with the TPU's own compiler, which needs no TPU",
-        "batch": "requests of the decode step that is compiled (default: 64, or what fits if that is less)",
+        "compile": "compile decode steps and a prefill step with the TPU's own compiler, which needs no TPU",
+        "batch": "requests of each decode step that is compiled, such as 8,64,256 (default: 64, or what fits if that "
+        "is less)",
         "compile_seconds": "give up a program after so long",
     },
     choices={"kv_cache_dtype": KV_CACHE_DTYPES, "dtype": DTYPES, "accelerator": KINDS},

@@ -87,7 +87,8 @@ def plan(options: PlanOptions) -> Plan:
         UnsupportedModelError: with everything in it that this library cannot compute.
         ConfigError: options that cannot be honoured, all at once; or the model fits nothing that was asked for.
     """
-    source = read_source(options.model, options.dtype, options.quantization, options.expert_parallel)
+    is_tpu = (options.dtype == "auto" or options.compile) and any(map(num_cores, _kinds(options)))
+    source = read_source(options.model, options.dtype, options.quantization, options.expert_parallel, is_tpu)
     cache_dtype = resolve_cache_dtype(options.kv_cache_dtype, source.dtype, HOST)
     raise_all(list(_problems(options, source.config, cache_dtype)), ConfigError, "cannot plan")
     num_parameters = source.build(source.config).num_parameters()  # also shows what is wrong on any number of chips
@@ -184,8 +185,10 @@ def _problems(options: PlanOptions, config: ModelConfig, cache_dtype: torch.dtyp
         yield f"page_size={page_size} must be a power of two"
     else:
         yield from _page_problems(options, config, cache_dtype)
-    if options.batch is not None and options.batch < 1:
-        yield f"batch={options.batch} must be at least 1"
+    yield from (f"batch={batch} must be at least 1" for batch in options.batch if batch < 1)
+    repeated = sorted({batch for batch in options.batch if options.batch.count(batch) > 1})
+    if repeated:
+        yield f"batch has {', '.join(map(str, repeated))} more than once: name each decode step once"
     if not 0 < options.compile_seconds < math.inf:
         yield f"compile_seconds={options.compile_seconds} must be a positive number, seconds for each program"
     if options.topology is not None:

@@ -61,9 +61,14 @@ class ModelSource:
 
 
 def read_source(
-    path: str | Path, dtype: str, quantization: Quantization | None, expert_parallel: bool = False
+    path: str | Path,
+    dtype: str,
+    quantization: Quantization | None,
+    expert_parallel: bool = False,
+    is_tpu: bool = False,
 ) -> ModelSource:
-    """Read a folder's, a gs:// prefix's or a file's config.json. `expert_parallel`: see `with_expert_parallel`.
+    """Read a folder's, a gs:// prefix's or a file's config.json. `expert_parallel`: see `with_expert_parallel`; `dtype`
+    and `is_tpu`: see `resolve_dtype`.
 
     Raises:
         CheckpointError: there is none, or it is not JSON.
@@ -80,7 +85,7 @@ def read_source(
         )
     if expert_parallel:
         config = with_expert_parallel(config)
-    return ModelSource(_name(path), config, resolve_dtype(dtype, checkpoint.config), quantization, checkpoint)
+    return ModelSource(_name(path), config, resolve_dtype(dtype, checkpoint.config, is_tpu), quantization, checkpoint)
 
 
 def _read_folder(path: str) -> Checkpoint:

@@ -142,10 +142,10 @@ def _cells(name: str, steps: Sequence[Step], speed: Speed) -> tuple[str, ...]:
 def _compiled_table(steps: Sequence[CompiledStep]) -> list[str]:
     """What was compiled, and why the rest was not."""
     lines = columns([COMPILED, *map(_compiled_cells, steps)])
-    lines += [f"{each.placement.name}, {each.kind}: {each.error}" for each in steps if each.error is not None]
+    lines += [f"{each.name}: {each.error}" for each in steps if each.error is not None]
     for step in (each for each in steps if each.kernels):
         rows = [_kernel_cells(kernel, step) for kernel in step.kernels]
-        lines += ["", f"{step.placement.name}, {step.kind}: Pallas kernels", *columns([KERNELS, *rows])]
+        lines += ["", f"{step.name}: Pallas kernels", *columns([KERNELS, *rows])]
     return lines
 
 

@@ -79,6 +79,11 @@ class Scheme:
             found.append(f"{columns} inputs may overflow int32, which holds {MAX_INT8_COLUMNS} of them: use int8")
         return found
 
+    def empty(self, rows: int, columns: int, device: torch.device) -> dict[str, Tensor]:
+        """New tensors for a matrix, on a device."""
+        specs = self.tensors(rows, columns).items()
+        return {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs}
+
     def pack(self, weight: Tensor, into: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
         """Quantize rows of a matrix, float [R, I] with R a multiple of row_block (but for the last rows of all).
 
@@ -87,8 +92,7 @@ class Scheme:
         """
         assert not (self.has_zero or self.has_group_index or self.has_input_scale), f"{self.name} is only read"
         if into is None:
-            specs = self.tensors(*weight.shape).items()
-            into = {name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device) for name, spec in specs}
+            into = self.empty(len(weight), weight.shape[1], weight.device)
         column_block = self.column_block or weight.shape[1]
         kernels.quantize_matrix(weight, into["values"], into["scale"], self.row_block, column_block)
         return into

@@ -16,7 +16,8 @@ class Source:
     """A tensor of the checkpoint, beside or in place of `<layer>.weight`, and what it becomes.
 
     Without `convert` it must have the shape of the part of the tensor that it fills, and may be read in pieces.
-    `convert` gets the whole tensor and that shape, on the host or the device; ValueError says what is wrong with it.
+    `convert` gets the whole tensor and that shape, on the host or the device, and makes at most three copies of the
+    larger of both; ValueError says what is wrong with it.
     """
 
     suffix: str  # in place of ".weight": ".qweight", ".weight_scale"

@@ -29,15 +29,15 @@ from torchinfer.loader.assembly import check_scale
 from torchinfer.loader.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from torchinfer.loader.checksum import Checksums, read_sums
 from torchinfer.loader.memory import Staging
+from torchinfer.loader.options import DEFAULT_OPTIONS, LoadOptions
 from torchinfer.loader.placement import Placement, place
-from torchinfer.loader.plan import Extent, Piece, check_fits, extent_bytes, plan_extents
+from torchinfer.loader.plan import DEFAULT_MEMORY, Extent, Piece, choose_memory, extent_bytes, plan_extents
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.schemes import quantize_model
 from torchinfer.loader.smoothing import Smoothing
 from torchinfer.loader.source import Source
 from torchinfer.loader.stall import Trial, read_file, unless_stalled
 from torchinfer.loader.tuning import ReaderCount
-from torchinfer.loader.weights import LoadOptions
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.tokenizer_files import load_tokenizer
@@ -48,7 +48,6 @@ from torchinfer.writer.layout import FilePlan, plan_files
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-DEFAULT_OPTIONS = LoadOptions()
 COPIED_SUFFIXES = (".json", ".jinja", ".md", ".model", ".txt")  # never pickle files, never programs
 COPIED_NAMES = ("LICENSE", "NOTICE")
 INDEX_SUFFIX = ".index.json"  # ours is another one, and those of pickle files have no use
@@ -69,14 +68,15 @@ class WriteReport:
     output_bytes: int
     num_files: int
     num_resumed_files: int
-    peak_host_bytes: int  # of staging memory
+    peak_host_bytes: int  # at most held on the way: staging memory, and what pieces become on it
 
     def __str__(self) -> str:
         rate = self.read_bytes / max(self.seconds, 1e-9) / 1e9
         resumed = f" ({self.num_resumed_files} were there)" if self.num_resumed_files else ""
         return (
             f"quantized {self.input_bytes / 1e9:.3f} GB to {self.output_bytes / 1e9:.3f} GB in {self.num_files} "
-            f"files{resumed}, {self.seconds:.2f} s: {rate:.2f} GB/s; staging memory {self.peak_host_bytes / 1e6:.0f} MB"
+            f"files{resumed}, {self.seconds:.2f} s: {rate:.2f} GB/s; host memory on the way "
+            f"{self.peak_host_bytes / 1e6:.0f} MB"
         )
 
 
@@ -206,6 +206,7 @@ class _Run:
     options: LoadOptions
     extents: list[Extent] = field(init=False)
     staging: Staging = field(init=False)
+    temporary_bytes: int = field(init=False)  # of host memory, that a piece needs while it is packed
     _file_of: dict[str, FilePlan] = field(init=False)  # checkpoint tensor -> the file that it goes to
     _remaining: dict[str, int] = field(init=False)  # file -> pieces that are not in it yet
     _open: dict[str, ShardFile] = field(default_factory=dict)
@@ -213,8 +214,9 @@ class _Run:
     def __post_init__(self) -> None:
         self._file_of = {name: file for file in self.files for name in file.slots}
         self.extents = self._plan_extents()
-        check_fits(self.extents, self.options.memory)
-        self.staging = Staging(self.options.memory)
+        self.temporary_bytes = max((self._packed_bytes(extent) for extent in self.extents), default=0)
+        memory = choose_memory(self.extents, self.options.memory, self.temporary_bytes)
+        self.staging = Staging(memory - self.temporary_bytes)
         pieces = [piece for extent in self.extents for piece in extent.pieces if not piece.is_filler]
         self._remaining = {file.name: 0 for file in self.files}
         for piece in pieces:
@@ -279,13 +281,21 @@ class _Run:
             self._open.pop(plan.name, None)
 
     def _plan_extents(self) -> list[Extent]:
-        checkpoint, limit = self.checkpoint, self.options.memory
+        checkpoint, limit = self.checkpoint, self.options.memory or DEFAULT_MEMORY
         wanted = {name: self.placements[name] for name in self._file_of}
         num_bytes = sum(checkpoint.tensors[name].num_bytes for name in wanted)
         first_readers, _ = self.options.reader_counts(checkpoint.source)
         length = extent_bytes(checkpoint.source.is_network, limit, first_readers, num_bytes)
         whole_files = {name: checkpoint.stats[name].size for name in self._whole_files()}
         return plan_extents(wanted, checkpoint.tensors, length, whole_files)
+
+    def _packed_bytes(self, extent: Extent) -> int:
+        """Host memory to pack any of an extent's pieces: packed, and in the layout of the file."""
+        found = 0
+        for piece in extent.pieces:
+            if not piece.is_filler and (placement := self.placements[piece.entry.name]).matrix is not None:
+                found = max(found, 2 * piece.num_bytes + placement.temporary_bytes(piece.entry))
+        return found
 
     def _whole_files(self) -> set[str]:
         """What is verified: the files that something is read of."""
@@ -315,7 +325,7 @@ def _report(run: _Run, files: list[FilePlan], seconds: float) -> WriteReport:
         output_bytes=sum(file.num_bytes for file in files),
         num_files=len(files),
         num_resumed_files=len(files) - len(run.files),
-        peak_host_bytes=run.staging.peak,
+        peak_host_bytes=run.staging.peak + run.temporary_bytes,
     )
 
 

@@ -113,8 +113,10 @@ API const char* torchinfer_cpu_level() { return level_name(); }
 API const char* torchinfer_cpu_levels() { return level_names(); }
 API int32_t torchinfer_cpu_choose_level(const char* name) { return choose_level(name) ? kOk : kBadArgument; }
 API int32_t torchinfer_cpu_num_threads() { return pool().num_threads(); }
+// More than num_threads() where the system did not let all of them start.
+API int32_t torchinfer_cpu_wanted_threads() { return pool().wanted_threads(); }
 API int32_t torchinfer_cpu_configure(int32_t num_threads, int32_t is_pinned) {
-    if (num_threads < 0 || num_threads > 1024) return kBadArgument;
+    if (num_threads < 0 || num_threads > kMostThreads) return kBadArgument;
     configure_pool(num_threads, is_pinned != 0);
     return kOk;
 }
@@ -158,7 +160,8 @@ API int32_t torchinfer_cpu_linear(const PackedWeight* weight, const void* x, voi
     if (group_sizes == nullptr && weight->num_experts != 1) return kBadArgument;
     const int64_t size = size_of(dtype);
     if (!is_aligned(x, size) || !is_aligned(y, size) || !is_aligned(bias, size)) return kMisaligned;
-    if (!is_aligned(weight->values, 64) || !is_aligned(group_sizes, 4)) return kMisaligned;
+    if (!is_aligned(weight->values, 64)) return kMisaligned;
+    if (!are_aligned({group_sizes, weight->scale, weight->input_scale}, 4)) return kMisaligned;
     int64_t sum = 0;
     for (int64_t expert = 0; group_sizes != nullptr && expert < weight->num_experts; ++expert) {
         if (group_sizes[expert] < 0) return kBadArgument;

@@ -106,17 +106,19 @@ inline float integer_row(const PackedWeight& weight, const T* x, const RowTarget
     return scale;
 }
 
-// To the nearest number of e4m3fn; |value| is at most 448. Adding 1.5 * 2^14 rounds to multiples of 2^-9, which is the
+// To the nearest number of e4m3fn; |value| is at most 448, or NaN, which stays. Adding 1.5 * 2^14 rounds to multiples of 2^-9, which is the
 // distance of its numbers below 2^-6; above, a number's last 20 bits are rounded off.
 inline float rounded_to_fp8(float value) {
     const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffff;
     const float small = as_float(as_bits(value + 24576.0f - 24576.0f) | (bits & 0x80000000));
     const float normal = as_float((bits + 0x7ffff + (bits >> 20 & 1)) & 0xfff00000);
-    return magnitude < 0x3c800000 ? small : normal;
+    const float number = magnitude < 0x3c800000 ? small : normal;
+    return magnitude > 0x7f800000 ? value : number;
 }
 
 inline F quantize_to_fp8(F value, float scale) {
-    const F cut = max(min(div(value, set(scale)), set(448.0f)), set(-448.0f));
+    // min and max give the second where one is NaN.
+    const F cut = max(set(-448.0f), min(set(448.0f), div(value, set(scale))));
     float lanes[16];
     store(lanes, cut);
     for (float& lane : lanes) lane = rounded_to_fp8(lane);

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <string>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -100,16 +101,14 @@ bool choose_level(const char* name) {
 }
 
 const char* level_names() {
-    static char names[128];
-    char* end = names;
-    for (const Level& level : kLevels) {
-        if (!level.is_supported()) continue;
-        if (end != names) *end++ = ' ';
-        const size_t length = std::strlen(level.name);
-        std::memcpy(end, level.name, length + 1);
-        end += length;
-    }
-    return names;
+    static const std::string names = [] {  // made once, whichever threads ask
+        std::string all;
+        for (const Level& level : kLevels) {
+            if (level.is_supported()) all += (all.empty() ? "" : " ") + std::string(level.name);
+        }
+        return all;
+    }();
+    return names.c_str();
 }
 
 }  // namespace torchinfer

@@ -27,12 +27,21 @@ struct Parts {
     int64_t bytes(int64_t numbers) const { return round_up(numbers * number_bytes, 64); }
 };
 
-// Each head of a token: norm, rotation, then to `query`, or into the cache.
+// Tokens that pad a step all have slot 0, of page 0, which belongs to nobody: the last of them, -1 if there is none.
+inline int64_t last_padded(const StepBatch& step) {
+    int64_t token = step.tokens - 1;
+    while (token >= 0 && step.slot[token] != 0) --token;
+    return token;
+}
+
+// Each head of a token: norm, rotation, then to `query`, or into the cache. Threads have tokens of their own, and no two
+// tokens have the same slot but those that pad: only the last of these is written, as if each were in its turn.
 template <class T, class Cache>
 struct HeadsRun {
     const AttentionLayer& task;
     const T* heads;  // [tokens, heads + 2 * kv_heads, head_size]
     T* query;        // [tokens, heads, head_size]
+    int64_t padded;  // last_padded()
 
     void run(int64_t token) const {
         const int64_t size = task.head_size, cache_rows = task.pages * task.step->page_size * task.kv_heads;
@@ -42,6 +51,7 @@ struct HeadsRun {
         for (int64_t h = 0; h < task.heads; ++h, head += size) {
             rotate(head, query + (token * task.heads + h) * size, task.query_norm, angles);
         }
+        if (task.step->slot[token] == 0 && token != padded) return;
         const int64_t slot_row = task.step->slot[token] * task.kv_heads;
         T rotated[kMostHeadSize];
         for (int64_t k = 0; k < task.kv_heads; ++k, head += size) {
@@ -72,7 +82,8 @@ void rotate_and_write(Pool& threads, const AttentionLayer& task, const void* hea
         using T = std::remove_pointer_t<decltype(type)>;
         with_cache_dtype(task.cache_dtype, [&](auto* cache) {
             using Cache = std::remove_pointer_t<decltype(cache)>;
-            const HeadsRun<T, Cache> heads_run = {task, static_cast<const T*>(heads), static_cast<T*>(query)};
+            const HeadsRun<T, Cache> heads_run = {task, static_cast<const T*>(heads), static_cast<T*>(query),
+                                                  last_padded(*task.step)};
             parallel_rows(threads, task.step->tokens, task.qkv_size(),
                           [&](int64_t token) { heads_run.run(token); });
         });
@@ -116,6 +127,7 @@ int32_t put_output(Pool& threads, const Layer& task, const PackedWeight& weight,
 int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
     const StepBatch& step = *task.step;
     const int64_t tokens = step.tokens, hidden = task.qkv->inputs, query_size = task.query_size();
+    if (tokens == 0) return kOk;
     Parts parts = {nullptr, size_of(task.dtype)};
     const int64_t bytes = 3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * task.qkv_size()) +
                           2 * parts.bytes(tokens * query_size);
@@ -137,6 +149,7 @@ int32_t attention_layer(Pool& threads, const AttentionLayer& task) {
 
 int32_t mlp_layer(Pool& threads, const MlpLayer& task) {
     const int64_t tokens = task.tokens, hidden = task.gate_up->inputs, inner = task.down->inputs;
+    if (tokens == 0) return kOk;
     Parts parts = {nullptr, size_of(task.dtype)};
     const bool is_gated = inner % kBlock == 0;  // or a block would have gates and what they are multiplied with
     const int64_t bytes = 3 * parts.bytes(tokens * hidden) + parts.bytes(tokens * inner) +

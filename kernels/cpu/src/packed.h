@@ -25,7 +25,7 @@ enum Activations : int32_t { kAsTheyAre = 0, kRoundedToInt8 = 1, kRoundedToFp8 =
 constexpr int64_t kBlock = 64;
 constexpr int64_t kMostInputs = 65536;  // 255 * 128 * more may overflow int32
 
-// The same as PackedStruct in kernels/cpu/linear.py. G: groups of inputs with a scale of their own.
+// The same as PackedStruct in kernels/cpu/packed_weight.py. G: groups of inputs with a scale of their own.
 struct PackedWeight {
     const uint8_t* values;    // [experts][blocks][bytes of a block], aligned to 64
     const float* scale;       // [experts][blocks][G][64]; null: 1

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <new>
+#include <thread>
 
 namespace torchinfer {
 namespace {
@@ -33,6 +33,7 @@ void pin_to_cpu(int index) {
 #if defined(__linux__)
     cpu_set_t allowed, one;
     if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    index %= CPU_COUNT(&allowed);
     CPU_ZERO(&one);
     for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
         if (CPU_ISSET(cpu, &allowed) && index-- == 0) CPU_SET(cpu, &one);
@@ -43,25 +44,11 @@ void pin_to_cpu(int index) {
 #endif
 }
 
-// CPUs of a cgroup's quota, 0 if it has none. Version 2 has both numbers in one file, version 1 in two.
-double cgroup_quota() {
-    double quota = 0, period = 0;
-    if (FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
-        const int count = std::fscanf(file, "%lf %lf", &quota, &period);
-        std::fclose(file);
-        return count == 2 && quota > 0 && period > 0 ? quota / period : 0;
-    }
-    FILE* quota_file = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r");
-    FILE* period_file = std::fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r");
-    const bool is_read = quota_file != nullptr && period_file != nullptr &&
-                         std::fscanf(quota_file, "%lf", &quota) == 1 && std::fscanf(period_file, "%lf", &period) == 1;
-    if (quota_file != nullptr) std::fclose(quota_file);
-    if (period_file != nullptr) std::fclose(period_file);
-    return is_read && quota > 0 && period > 0 ? quota / period : 0;
-}
-
 std::mutex instance_mutex;
 std::atomic<Pool*> instance{nullptr};
+// What configure_pool was told, for the pools of forked children; guarded by instance_mutex.
+int configured_threads = 0;
+bool is_configured_pinned = false;
 
 // Threads do not survive a fork: the child forgets the pool, whose memory it must not touch.
 void forget_pool() {
@@ -69,47 +56,52 @@ void forget_pool() {
     new (&instance_mutex) std::mutex;
 }
 
-Pool* make_pool(int num_threads, bool is_pinned) {
-    static const bool is_registered = pthread_atfork(nullptr, nullptr, forget_pool) == 0;
-    (void)is_registered;
-    return new Pool(num_threads > 0 ? num_threads : num_usable_cpus(), is_pinned);
-}
-
-}  // namespace
-
 int num_usable_cpus() {
     int count = static_cast<int>(std::thread::hardware_concurrency());
 #if defined(__linux__)
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) count = CPU_COUNT(&allowed);
 #endif
-    const double quota = cgroup_quota();
-    if (quota > 0) count = std::min(count, std::max(1, static_cast<int>(quota)));
-    return std::max(1, count);
+    return std::min(std::max(1, count), kMostThreads);
 }
+
+Pool* make_pool() {
+    static const bool is_registered = pthread_atfork(nullptr, nullptr, forget_pool) == 0;
+    (void)is_registered;
+    return new Pool(configured_threads > 0 ? configured_threads : num_usable_cpus(), is_configured_pinned);
+}
+
+}  // namespace
 
 Pool& pool() {
     Pool* current = instance.load(std::memory_order_acquire);
     if (current == nullptr) {
         std::lock_guard<std::mutex> guard(instance_mutex);
         current = instance.load();
-        if (current == nullptr) instance.store(current = make_pool(0, false));
+        if (current == nullptr) instance.store(current = make_pool());
     }
     return *current;
 }
 
 void configure_pool(int num_threads, bool is_pinned) {
-    Pool& old = pool();
     std::lock_guard<std::mutex> guard(instance_mutex);
-    // An op that runs now ends first. The caller sees to it that none begins meanwhile.
-    old.use.lock();
-    old.use.unlock();
-    instance.store(make_pool(num_threads, is_pinned));
-    delete &old;
+    configured_threads = num_threads, is_configured_pinned = is_pinned;
+    if (Pool* const old = instance.exchange(nullptr)) {
+        { std::lock_guard<std::mutex> end_of_op(old->use); }
+        delete old;  // before its successor is made: the system may limit threads
+    }
+    instance.store(make_pool());
 }
 
-Pool::Pool(int num_threads, bool is_pinned) {
-    for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back(&Pool::loop, this, thread, is_pinned);
+Pool::Pool(int num_threads, bool is_pinned) : wanted_threads_(num_threads), is_pinned_(is_pinned) {
+    workers_.reserve(static_cast<size_t>(num_threads));  // threads have pointers to them
+    for (int thread = 1; thread < num_threads; ++thread) {
+        workers_.push_back({this, thread, {}});
+        // Not std::thread, which throws where the system has no more threads.
+        if (pthread_create(&workers_.back().handle, nullptr, enter, &workers_.back()) == 0) continue;
+        workers_.pop_back();
+        break;
+    }
 }
 
 Pool::~Pool() {
@@ -118,7 +110,7 @@ Pool::~Pool() {
         is_ending_.store(true);
     }
     wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    for (const Worker& worker : workers_) pthread_join(worker.handle, nullptr);
     std::free(scratch_.bytes);
     std::free(activations_.bytes);
 }
@@ -180,8 +172,14 @@ void Pool::work_on(uint32_t epoch, int thread) {
     }
 }
 
-void Pool::loop(int thread, bool is_pinned) {
-    if (is_pinned) pin_to_cpu(thread);
+void* Pool::enter(void* worker) {
+    const Worker& self = *static_cast<Worker*>(worker);
+    self.pool->loop(self.thread);
+    return nullptr;
+}
+
+void Pool::loop(int thread) {
+    if (is_pinned_) pin_to_cpu(thread);
     uint32_t seen = 0;
     while (!is_ending_.load(std::memory_order_relaxed)) {
         seen = wait_for_job(seen);

@@ -6,8 +6,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
-#include <thread>
 #include <vector>
+
+#include <pthread.h>
 
 namespace torchinfer {
 
@@ -23,6 +24,7 @@ class Pool {
 
     // Not inline: level.cpp must not hold code of the standard library.
     int num_threads() const;
+    int wanted_threads() const { return wanted_threads_; }  // more where the system did not let all start
 
     // Calls work for items 0 .. num_items - 1, in any order; returns when all are done. The caller holds `use`.
     void run(Work work, void* context, int64_t num_items);
@@ -36,8 +38,14 @@ class Pool {
     std::mutex use;
 
   private:
+    struct Worker {
+        Pool* pool;
+        int thread;
+        pthread_t handle;
+    };
+    static void* enter(void* worker);
     void work_on(uint32_t epoch, int thread);
-    void loop(int thread, bool is_pinned);
+    void loop(int thread);
     uint32_t wait_for_job(uint32_t seen);
 
     struct Memory {
@@ -58,17 +66,21 @@ class Pool {
     std::atomic<bool> is_ending_{false};
     std::mutex sleep_mutex_;
     std::condition_variable wake_;
-    std::vector<std::thread> workers_;
+    const int wanted_threads_;
+    const bool is_pinned_;
+    std::vector<Worker> workers_;
 
     Memory scratch_, activations_;
 };
 
-// The process's pool, made at the first call; a forked child makes its own.
+constexpr int kMostThreads = 1024;
+
+// The process's pool, made at the first call; a forked child makes its own, configured alike.
 Pool& pool();
-// Replaces it. num_threads 0: as many as this process has CPUs.
+// Replaces it; no op may run or begin meanwhile, but others may configure it too. num_threads 0: one for each CPU that the
+// process's affinity has; kernels/cpu/cpus.py knows of quotas. Pinned: each thread to one of these CPUs, but for the
+// caller, whose threads and processes to come would all be on that CPU: the first one is left to it.
 void configure_pool(int num_threads, bool is_pinned);
-// CPUs that affinity and the cgroup's quota leave to this process.
-int num_usable_cpus();
 
 // pool().run with a lambda: body(item, thread).
 template <class Body>

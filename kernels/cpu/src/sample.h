@@ -64,7 +64,7 @@ inline int64_t first_largest(const float* value, int64_t count) {
         F here = set(-__builtin_inff());
         for (int64_t i = block; i < end; i += 16) {
             const F values = load_logits(value + i, end - i);
-            here = max(values, here);  // of NaN and a number, x86 takes the second
+            here = max(values, here);  // where a value is NaN, what was there before
         }
         if (!(largest(here) > most)) continue;
         for (int64_t i = block; i < end; ++i) {

@@ -5,6 +5,8 @@
 //   Bytes          64 bytes               Quad           4 bytes of activations for every lane
 //   Pairs          2 weights for each of 16 outputs, as bfloat16 or as floats
 //   PairInput      2 activations for every lane
+//
+// min(a, b) and max(a, b) are b where one of both is NaN.
 #pragma once
 
 #include "types.h"

@@ -58,8 +58,9 @@ inline F add(F a, F b) { FOR_ALL(F, vaddq_f32(a.v[i], b.v[i])); }
 inline F sub(F a, F b) { FOR_ALL(F, vsubq_f32(a.v[i], b.v[i])); }
 inline F mul(F a, F b) { FOR_ALL(F, vmulq_f32(a.v[i], b.v[i])); }
 inline F div(F a, F b) { FOR_ALL(F, vdivq_f32(a.v[i], b.v[i])); }
-inline F min(F a, F b) { FOR_ALL(F, vminq_f32(a.v[i], b.v[i])); }
-inline F max(F a, F b) { FOR_ALL(F, vmaxq_f32(a.v[i], b.v[i])); }
+// The second where one is NaN, as everywhere: vminq and vmaxq would give NaN.
+inline F min(F a, F b) { FOR_ALL(F, vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
+inline F max(F a, F b) { FOR_ALL(F, vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i])); }
 // y where a > b, else zero.
 inline F where_above(F a, F b, F y) {
     FOR_ALL(F, vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(a.v[i], b.v[i]), vreinterpretq_u32_f32(y.v[i]))));

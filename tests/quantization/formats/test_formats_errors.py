@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchinfer.config import EngineConfig
 from torchinfer.errors import CheckpointError, ConfigError
+from torchinfer.launch import start_engine
 from torchinfer.loader import Checkpoint, load_model
 from torchinfer.loader.inspect import inspect
 from torchinfer.loader.placement import place
@@ -19,7 +20,6 @@ from torchinfer.loader.published import hold_published
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import Shard
-from torchinfer.startup import start_engine
 from torchinfer.testing import assert_close
 
 INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
+from torchinfer.loader import Checkpoint
+from torchinfer.loader.published import hold_published
+from torchinfer.models import build_model
+from torchinfer.models.config import ModelConfig
 from torchinfer.testing import assert_close
 
 Ints = NDArray[np.int64]
@@ -149,6 +156,32 @@ def test_a_bias_that_is_not_zero_is_refused_where_the_model_has_none(small):
     message = refusal(small)
     assert "model.layers.0.mlp.down_proj.bias" in message
     assert "0.5" in message
+
+
+def test_ctrl_c_does_not_wait_for_storage_that_hangs_in_what_must_be_zeros(small, monkeypatch):
+    checkpoint = Checkpoint.open(small.folder())
+    with torch.device("meta"):
+        model = build_model(ModelConfig.from_dict(checkpoint.config))
+    whole, released, hanging = os.preadv, threading.Event(), []
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not hanging:
+            os.kill(os.getpid(), signal.SIGINT)
+        hanging.append(threading.current_thread())
+        released.wait(20)
+        return whole(descriptor, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(KeyboardInterrupt):
+        hold_published(model, checkpoint, torch.device("cpu"))
+    checks = [thread for thread in threading.enumerate() if thread.name.startswith("check")]
+    for thread in checks:  # the pool forgets the thread that it was starting
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in checks)
+    assert hanging and all(thread.is_alive() for thread in hanging)  # they are not what was waited for
+    released.set()
+    for thread in hanging:
+        thread.join(10)
 
 
 def test_groups_in_no_order_are_refused_without_act_order(small):
