@@ -87,6 +87,19 @@ def test_the_death_of_a_rank_ends_requests_and_an_engine_can_be_started_again(tm
     assert [len(each) for each in ids] == [6, 6, 6]
 
 
+def test_a_program_that_does_not_close_its_engine_ends_without_an_error(tmp_path: Path) -> None:
+    model = save(tmp_path, "llama-tied")
+    program = f"""
+if __name__ == "__main__":
+    from torchinfer import LLM, SamplingParams
+    llm = LLM({str(model)!r}, tensor_parallel_size=2, **{SIZES!r})
+    print(len(llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "3\n")
+    assert [line for line in done.stderr.splitlines() if "[Gloo]" not in line] == []
+
+
 def test_ranks_end_when_the_first_one_is_killed(tmp_path: Path) -> None:
     model = save(tmp_path, "llama-tied")
     program = f"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 import zlib
 from array import array
 from collections.abc import Callable, Iterable
@@ -91,11 +92,12 @@ class Group:
 
 
 class LeadingEngine(Engine):
-    """The engine that is asked; the others do as it does."""
+    """The engine that is asked; the others do as it does, until it is closed, or nobody has it any more."""
 
     def __init__(self, group: Group, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._group, self._checksum = group, 0
+        self._release = weakref.finalize(self, _release, group)
 
     def add(self, request: Request) -> None:
         super().add(request)
@@ -117,12 +119,16 @@ class LeadingEngine(Engine):
 
     def close(self) -> None:
         super().close()
-        for link in self._group.links:
-            try:
-                link.send("close")
-            except EngineError as error:
-                logger.warning("%s", error)
-        self._group.close()
+        self._release()
+
+
+def _release(group: Group) -> None:
+    for link in group.links:
+        try:
+            link.send("close")
+        except EngineError as error:
+            logger.warning("%s", error)
+    group.close()
 
 
 def follow(engine: Engine, link: Link) -> None:
