@@ -27,7 +27,8 @@ SERVING = [
     "grpcio-reflection>=1.72.1",
     "protobuf>=6.30.0",  # 6 or 7: both run the code that this version generates
 ]
-XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1", "torchax==0.0.7"]
+# And torchax==0.0.7, after them, over the older one that torch_xla's wheel has: scripts/install does.
+XLA = ["torch==2.9.0", "torch_xla==2.9.0", "jax==0.7.1", "jaxlib==0.7.1"]
 CUDA = ["triton>=3.5; sys_platform == 'linux'"]  # what torch's own wheels for CUDA bring
 EVAL = ["lm-eval>=0.4.13"]  # brings datasets, pandas and scikit-learn, 0.5 GB, and leaves torch as it is
 DEV = [

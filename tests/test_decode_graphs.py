@@ -70,7 +70,7 @@ def software_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[SoftwareGr
     made: list[SoftwareGraph] = []
 
     @contextlib.contextmanager
-    def capture(graph: SoftwareGraph, pool: Any, stream: Any) -> Iterator[None]:
+    def capture(graph: SoftwareGraph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         made.append(graph)
         with graph:
             yield
@@ -158,7 +158,7 @@ def test_a_step_that_cannot_be_captured_says_how_to_go_without(
     kind: type[Exception], software_graphs: list[SoftwareGraph], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextlib.contextmanager
-    def refuse(graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+    def refuse(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
         raise kind("operation not permitted when stream is capturing")
         yield
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,6 +22,15 @@ TWO = ("localhost", "localhost")
 def free_port() -> int:
     with socket.create_server(("", 0)) as server:
         return int(server.getsockname()[1])
+
+
+def connected(port: int) -> socket.socket:
+    for _ in range(1000):
+        try:
+            return socket.create_connection(("localhost", port), timeout=10)
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+    raise AssertionError("nobody listens")
 
 
 def pair() -> tuple[Link, Link]:
@@ -73,7 +83,7 @@ def test_a_stranger_is_sent_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(hosts_module, "_addresses", lambda name: addresses(name) if known.is_set() else {"192.0.2.1"})
     with ThreadPoolExecutor() as pool:
         first = pool.submit(join, Hosts(TWO, 0), port, 30)
-        stranger = Link(socket.create_connection(("localhost", port), timeout=10), "host 0")
+        stranger = Link(connected(port), "host 0")
         with pytest.raises(EngineError, match="host 0, which computes with this process, is gone"):
             stranger.receive(10)
         known.set()
@@ -111,11 +121,13 @@ def test_silence_can_be_limited() -> None:
     other.close()
 
 
-def test_a_process_that_waits_for_its_device_ends_when_the_other_one_is_gone() -> None:
+@pytest.mark.parametrize(("is_busy", "code"), [(True, 1), (False, 0)])
+def test_a_process_that_waits_for_its_device_ends_when_the_other_one_is_gone(is_busy: bool, code: int) -> None:
     program = (
         "import socket, time; from torchinfer import link; link.GRACE_SECONDS = 0.2\n"
-        "one, other = socket.socketpair(); mine = link.Link(one, 'host 0'); other.close(); time.sleep(60)"
+        "one, other = socket.socketpair(); mine = link.Link(one, 'host 0')\n"
+        f"mine.is_busy = {is_busy}; other.close(); time.sleep({60 if is_busy else 1})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == 1
-    assert "host 0 is gone, and this process waits for it: it ends" in done.stderr
+    assert done.returncode == code
+    assert ("host 0 is gone, and this process waits for it: it ends" in done.stderr) == is_busy

@@ -70,34 +70,46 @@ def join(hosts: Hosts, port: int, seconds: float = JOIN_SECONDS) -> list[Link]:
 
 
 def _accept(hosts: Hosts, port: int, deadline: float) -> list[Link]:
-    found: dict[int, Link] = {}
     try:
         server = socket.create_server(("", port))
     except OSError as error:
         raise ConfigError(
             f"hosts_port={port} of the first host cannot be listened on: {error}; give all another one"
         ) from error
+    found: dict[int, Link] = {}
     with server:
-        while len(found) < len(hosts.names) - 1:
-            missing = [name for index, name in enumerate(hosts.names) if index and index not in found]
-            logger.info("waiting for %d of %d hosts: %s", len(missing), len(hosts.names), ", ".join(missing))
-            server.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                peer, (address, *_) = server.accept()
-            except TimeoutError:
-                raise EngineError(f"{', '.join(missing)} did not come in time: see what is wrong there") from None
-            if not any(address in _addresses(name) for name in missing):
-                logger.warning("%s is none of the hosts of TPU_WORKER_HOSTNAMES that are awaited: sent away", address)
-                peer.close()
-                continue
-            link = Link(peer, address)
-            (index,) = link.receive(HELLO_SECONDS)
-            if index in found or index not in range(1, len(hosts.names)):
-                raise EngineError(
-                    f"{address} says that it is host {index!r}: is TPU_WORKER_ID another one on each host?"
-                )
-            found[index] = link.named(f"host {index}, {hosts.names[index]}")
+        try:
+            while len(found) < len(hosts.names) - 1:
+                _accept_one(server, hosts, found, deadline)
+        except BaseException:
+            for link in found.values():
+                link.close()
+            raise
     return [found[index] for index in sorted(found)]
+
+
+def _accept_one(server: socket.socket, hosts: Hosts, found: dict[int, Link], deadline: float) -> None:
+    """Add the link to one more host, or send a stranger away."""
+    missing = [name for index, name in enumerate(hosts.names) if index and index not in found]
+    logger.info("waiting for %d of %d hosts: %s", len(missing), len(hosts.names), ", ".join(missing))
+    server.settimeout(max(deadline - time.monotonic(), 0.001))
+    try:
+        peer, (address, *_) = server.accept()
+    except TimeoutError:
+        raise EngineError(f"{', '.join(missing)} did not come in time: see what is wrong there") from None
+    if not any(address in _addresses(name) for name in missing):
+        logger.warning("%s is none of the hosts of TPU_WORKER_HOSTNAMES that are awaited: sent away", address)
+        peer.close()
+        return
+    link = Link(peer, address)
+    try:
+        (index,) = link.receive(HELLO_SECONDS)
+        if index in found or index not in range(1, len(hosts.names)):
+            raise EngineError(f"{address} says that it is host {index!r}: is TPU_WORKER_ID another one on each host?")
+    except BaseException:
+        link.close()
+        raise
+    found[index] = link.named(f"host {index}, {hosts.names[index]}")
 
 
 def _connect(hosts: Hosts, port: int, deadline: float) -> Link:
@@ -110,7 +122,6 @@ def _connect(hosts: Hosts, port: int, deadline: float) -> Link:
                 raise EngineError(f"host 0, {name}, port {port}, was not to be reached in time: {error}") from error
             time.sleep(RETRY_SECONDS)
         else:
-            peer.settimeout(None)
             link = Link(peer, f"host 0, {name}")
             link.send(hosts.index)
             return link

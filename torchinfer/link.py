@@ -1,8 +1,8 @@
 """A connection between two processes of one engine: lists of JSON values, in order, and the end of the other process.
 Paths become strings.
 
-What is received is parsed, and never run. An end that nobody notices, because this process waits for a device whose
-program the other one takes part in, ends this process too, after `GRACE_SECONDS`.
+What is received is parsed, and never run. An end that nobody notices, because this process is busy, waiting for a
+device whose program the other one takes part in, ends this process too, after `GRACE_SECONDS`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ class Link:
 
     def __init__(self, peer: socket.socket, name: str) -> None:
         """Takes over a connected socket."""
+        peer.setblocking(True)
         if peer.family != socket.AF_UNIX:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in (("IDLE", IDLE_SECONDS), ("INTVL", PROBE_SECONDS), ("CNT", PROBES)):
                 peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{option}"), value)
         self.name = name
+        self.is_busy = True  # and would not notice that the other process is gone
         self._connection = Connection(peer.detach())
         self._received: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._is_closed = self._is_gone = False
@@ -98,6 +100,8 @@ class Link:
         return EngineError(f"{self.name}, which computes with this process, is gone: its log says why")
 
     def _exit(self) -> None:
+        if not self.is_busy:
+            return  # whoever sends or receives next gets an error
         logger.critical("%s is gone, and this process waits for it: it ends", self.name)
         logging.shutdown()
         os._exit(1)

@@ -9,12 +9,13 @@ programs in the same order. With each step goes a checksum of the tokens so far:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import weakref
 import zlib
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
@@ -83,6 +84,17 @@ class Group:
         for link in self.links:
             link.send(*values)
 
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """While this process waits for what the others take part in."""
+        for link in self.links:
+            link.is_busy = True
+        try:
+            yield
+        finally:
+            for link in self.links:
+                link.is_busy = False
+
     def close(self) -> None:
         """End all connections."""
         for link in self.links:
@@ -98,6 +110,8 @@ class LeadingEngine(Engine):
         super().__init__(*arguments)
         self._group, self._checksum = group, 0
         self._release = weakref.finalize(self, _release, group)
+        for link in group.links:
+            link.is_busy = False
 
     def add(self, request: Request) -> None:
         super().add(request)
@@ -109,13 +123,15 @@ class LeadingEngine(Engine):
 
     def step(self) -> list[TokenEvent]:
         self._group.tell("step", self._checksum)
-        events = super().step()
+        with self._group.busy():
+            events = super().step()
         self._checksum = checksum(events, self._checksum)
         return events
 
     def stats(self) -> EngineStats:
         self._group.tell("stats")  # it reads tensors that all processes have a part of
-        return super().stats()
+        with self._group.busy():
+            return super().stats()
 
     def close(self) -> None:
         super().close()

@@ -175,6 +175,13 @@ def _check_host() -> None:
     missing = [name for name in ("torch_xla", "jax", "torchax", "libtpu") if importlib.util.find_spec(name) is None]
     if missing:
         raise DeviceError(f"--compile needs {', '.join(missing)}: not installed; pip install 'torchinfer[tpu]'")
+    try:
+        importlib.import_module("torchax")
+    except ImportError as error:  # the older one of torch_xla's wheel
+        raise DeviceError(
+            f"--compile needs torchax, which cannot be imported: {error}; pip install --no-deps --force-reinstall "
+            "torchax==0.0.7"
+        ) from error
     aot.check_compiler()
     free = free_memory_bytes(HOST)
     if free < HOST_BYTES:
