@@ -12,7 +12,7 @@ from torchinfer.launch import follow_with
 from torchinfer.link import Link
 from torchinfer.lockstep import Group
 from torchinfer.parallel import Shard
-from torchinfer.ranks import Rank
+from torchinfer.ranks import Rank, leave
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ def main() -> int:
     except TorchinferError as error:
         logger.error("%s", error)
         return 1
+    finally:
+        leave()
     return 0
 
 

@@ -67,6 +67,12 @@ class Rank:
             )
 
 
+def leave() -> None:
+    """End this process's part of the group, and its threads: not while the interpreter ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def _to_stderr() -> Iterator[None]:
     """Standard output goes to standard error, that of libraries in C too."""
@@ -102,8 +108,7 @@ def start_ranks(config: EngineConfig) -> Group:
     processes: list[subprocess.Popen[bytes]] = []
 
     def close() -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
         for process in processes:
             try:
                 process.wait(END_SECONDS)

@@ -279,7 +279,7 @@ def test_all_problems_of_a_step_are_told_at_once(models):
     )
     with pytest.raises(ConfigError) as error:
         compile_steps(found, options)
-    assert str(error.value).count("\n  - ") == 4
+    assert str(error.value).count("\n  - ") == 3
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -175,8 +176,9 @@ def test_ctrl_c_does_not_wait_for_storage_that_hangs_in_what_must_be_zeros(small
     with pytest.raises(KeyboardInterrupt):
         hold_published(model, checkpoint, torch.device("cpu"))
     checks = [thread for thread in threading.enumerate() if thread.name.startswith("check")]
-    for thread in checks:  # the pool forgets the thread that it was starting
-        thread.join(5)
+    deadline = time.monotonic() + 5  # the pool forgets the thread that it was starting, which cannot be joined
+    while any(thread.is_alive() for thread in checks) and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert not any(thread.is_alive() for thread in checks)
     assert hanging and all(thread.is_alive() for thread in hanging)  # they are not what was waited for
     released.set()
