@@ -15,9 +15,9 @@ import pytest
 
 from torchinfer.async_engine import AsyncEngine
 from torchinfer.config import EngineConfig
-from torchinfer.device import let_torch_threads_sleep
 from torchinfer.engine import Engine
 from torchinfer.engine_info import ModelInfo
+from torchinfer.engine_loop import let_torch_threads_sleep
 from torchinfer.errors import CheckpointError, EngineError, OverloadedError, RequestError, StepMemoryError
 from torchinfer.fake_runner import FakeRunner, expected_output
 from torchinfer.kv_cache.pages import PagePool
@@ -229,6 +229,12 @@ def test_torch_threads_do_what_the_environment_says(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     let_torch_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_a_server_s_own_process_does_without_torch() -> None:
+    program = "import sys, torchinfer.async_engine, torchinfer.serving.main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_what_the_engines_process_refuses_is_raised_here(tmp_path: Path) -> None:

@@ -21,9 +21,8 @@ from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any, Self
 
 from torchinfer.config import EngineConfig
-from torchinfer.device import let_torch_threads_sleep
 from torchinfer.engine_info import EngineStats, ModelInfo, validate
-from torchinfer.engine_loop import from_wire, run, run_process
+from torchinfer.engine_loop import from_wire, let_torch_threads_sleep, run, run_process
 from torchinfer.errors import EngineError, OverloadedError, RequestError
 from torchinfer.request import FinishReason, Request, TokenEvent, Usage
 from torchinfer.tokenizer import Tokenizer

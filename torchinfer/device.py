@@ -87,6 +87,11 @@ def bound_cpu_caches() -> None:
         os.environ.setdefault(name, "128")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_dtype(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether numbers of a dtype can be made on a device, and read again."""
     try:
@@ -104,15 +109,6 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def let_torch_threads_sleep() -> None:
-    """In processes that start from now on torch's threads sleep between two ops, unless the environment says otherwise.
-
-    By default they spin for milliseconds: where torch multiplies what the CPU library has no kernel for, on the cores
-    that the library computes on.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded, which torch does at its import
 
 
 def free_memory_bytes(device: torch.device, used_bytes: int = 0) -> int:

@@ -34,6 +34,15 @@ PARENT_SECONDS = 1.0  # how soon the process notices, while it loads, that nobod
 Wire = TokenEvent | tuple[str, int, list[int], str]
 
 
+def let_torch_threads_sleep() -> None:
+    """In processes that start from now on torch's threads sleep between two ops, unless the environment says otherwise.
+
+    By default they spin for milliseconds: where torch multiplies what the CPU library has no kernel for, on the cores
+    that the library computes on.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when OpenMP is loaded, which torch does at its import
+
+
 def run_process(connection: Connection, config: EngineConfig, log_level: int) -> None:
     """The main function of an engine's process: say ("ready", ModelInfo) or ("error", exception), then `run`."""
     # Ctrl-C reaches the whole process group, but the server decides how its engine ends.

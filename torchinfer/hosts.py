@@ -109,7 +109,8 @@ def _accept_one(server: socket.socket, hosts: Hosts, found: dict[int, Link], dea
     except BaseException:
         link.close()
         raise
-    found[index] = link.named(f"host {index}, {hosts.names[index]}")
+    link.name = f"host {index}, {hosts.names[index]}"
+    found[index] = link
 
 
 def _connect(hosts: Hosts, port: int, deadline: float) -> Link:

@@ -7,6 +7,7 @@ from torchinfer.device import device_type
 from torchinfer.engine import Engine
 from torchinfer.errors import ConfigError
 from torchinfer.hosts import Hosts, find_hosts, join
+from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.lockstep import Group, follow
 from torchinfer.ranks import has_ranks, start_ranks
 from torchinfer.startup import build_engine, check_division
@@ -28,15 +29,16 @@ def start_engine(config: EngineConfig) -> Engine:
             f"this is host {hosts.index} of {len(hosts.names)} (TPU_WORKER_ID), which does as host 0, "
             f"{hosts.names[0]}, is told: run `torchinfer serve` with the same options here, and send requests there"
         )
+    checkpoint = Checkpoint.open(config.model)
     if hosts is not None:
         group = Group(True, join(hosts, config.hosts_port))
     elif has_ranks(config):
-        check_division(config)
+        check_division(config, checkpoint)
         group = start_ranks(config)
     else:
-        return build_engine(config)
+        return build_engine(config, checkpoint)
     try:
-        return build_engine(config, group)
+        return build_engine(config, checkpoint, group)
     except BaseException:
         group.close()
         raise
@@ -65,6 +67,6 @@ def follow_with(config: EngineConfig, group: Group) -> None:
     Raises what `start_engine` raises.
     """
     try:
-        follow(build_engine(config, group), *group.links)
+        follow(build_engine(config, Checkpoint.open(config.model), group), *group.links)
     finally:
         group.close()

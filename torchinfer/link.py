@@ -45,11 +45,6 @@ class Link:
         self._end.daemon = True
         threading.Thread(target=self._receive, name="torchinfer-link", daemon=True).start()
 
-    def named(self, name: str) -> Link:
-        """This end, once it is known who is at the other one."""
-        self.name = name
-        return self
-
     def send(self, *values: Any) -> None:
         """Send values as one message.
 

@@ -18,6 +18,7 @@ from torchinfer.config import EngineConfig
 from torchinfer.device import (
     DEFAULT_CACHE_SHARE,
     bound_cpu_caches,
+    dtype_name,
     flush,
     free_memory_bytes,
     keep_compiled_programs,
@@ -71,12 +72,11 @@ OWN_OPTIONS = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def build_engine(config: EngineConfig, group: Group | None = None) -> Engine:
+def build_engine(config: EngineConfig, checkpoint: Checkpoint, group: Group | None = None) -> Engine:
     """Load the checkpoint, allocate the cache, compile what has to be compiled; with a group, as all of it do.
 
     Raises what `launch.start_engine` raises.
     """
-    checkpoint = Checkpoint.open(config.model)
     if group is not None:
         group.agree(facts(config, checkpoint))
     model_config = ModelConfig.from_dict(checkpoint.config)
@@ -106,12 +106,12 @@ def build_engine(config: EngineConfig, group: Group | None = None) -> Engine:
         **_identity(checkpoint, model_config, tokenizer),
         num_parameters=num_parameters,
         max_model_len=max_model_len,
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         device=device.type,
         num_pages=num_pages,
         page_size=page_size,
         max_num_requests=config.max_num_requests,
-        kv_cache_dtype=_name(kv_cache_dtype),
+        kv_cache_dtype=dtype_name(kv_cache_dtype),
     )
     if group is None:
         return Engine(scheduler, runner, info, tokenizer, config.seed)
@@ -130,13 +130,13 @@ def _identity(checkpoint: Checkpoint, config: ModelConfig, tokenizer: Tokenizer 
     }
 
 
-def check_division(config: EngineConfig) -> None:
+def check_division(config: EngineConfig, checkpoint: Checkpoint) -> None:
     """Before processes are started for it: whether the model can be divided, and there are devices for all parts.
 
     Raises:
         ConfigError, CheckpointError, DeviceError: if not.
     """
-    _resolve_device(config, ModelConfig.from_dict(Checkpoint.open(config.model).config))
+    _resolve_device(config, ModelConfig.from_dict(checkpoint.config))
 
 
 def _resolve_device(config: EngineConfig, model: ModelConfig) -> torch.device:
@@ -264,7 +264,7 @@ def _plan_cache(
     if device.type == "cpu":
         free //= config.tensor_parallel_size  # processes of one machine
     num_pages = _resolve_num_pages(config, page_size, bytes_per_page, device, free, max_model_len)
-    size, name = num_pages * bytes_per_page, _name(kv_cache_dtype)
+    size, name = num_pages * bytes_per_page, dtype_name(kv_cache_dtype)
     logger.info("KV cache: %d pages of %d tokens, %s, %.1f MiB", num_pages, page_size, name, size / MIB)
     return num_pages, memory if memory is None else replace(memory, cache=size)
 
@@ -342,10 +342,6 @@ def resolve_dtype(name: str, raw: Mapping[str, Any], is_tpu: bool = False) -> to
         logger.info("the checkpoint's float16 becomes bfloat16, which a TPU has in its place")
         name = "bfloat16"
     return DTYPES[name]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _resolve_num_pages(

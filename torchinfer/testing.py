@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from torchinfer.batch import Batch, KVCache
+from torchinfer.quantization import SCHEMES
+from torchinfer.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from torchinfer.models.decoder import Decoder
@@ -136,6 +138,25 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = N
     """Compare with the tolerance of `dtype`, by default the dtype of `actual`; NaN equals nothing."""
     relative, absolute = TOLERANCES[dtype or actual.dtype]
     torch.testing.assert_close(actual.double(), expected.double(), rtol=relative, atol=absolute)
+
+
+def random_matrix(scheme: str, outputs: int, inputs: int, seed: int = 0) -> QuantizedWeight:
+    """[outputs, inputs] of random numbers in a scheme, on the CPU; the same for the same seed."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
+    return SCHEMES[scheme].weight(dict(SCHEMES[scheme].pack(weight)), inputs, ())
+
+
+def moved(weight: QuantizedWeight, device: str) -> QuantizedWeight:
+    """The same matrix on another device."""
+    tensors = {name: getattr(weight, name) for name in ("values", "scale", "zero", "input_scale")}
+    return replace(weight, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+
+def rows_beside_nan(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Random rows of a wider tensor, in which NaN lies between them."""
+    wide = torch.full((rows, inputs + 8), float("nan"), dtype=dtype)
+    wide[:, :inputs] = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(7))
+    return wide[:, :inputs]
 
 
 def save_random_checkpoint(

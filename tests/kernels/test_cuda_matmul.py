@@ -20,7 +20,7 @@ from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import assert_close
+from torchinfer.testing import assert_close, moved, random_matrix
 
 # Rows, inputs, outputs: tiles of 16 to 64 rows, square ones of 128; whole and cut in each direction.
 SHAPES = [(1, 128, 64), (5, 250, 33), (33, 384, 70), (130, 64, 34)]
@@ -28,22 +28,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [[3, 0, 17, 1], [0, 0, 0, 0], [23, 0, 0, 0], [0, 0, 0, 23], [2, 3, 0, 0]]
 
 
-def make_weight(name: str, rows: int, columns: int, seed: int = 0) -> QuantizedWeight:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
-    return SCHEMES[name].weight(dict(SCHEMES[name].pack(weight)), columns, ())
-
-
 def experts(matrices: list[QuantizedWeight]) -> QuantizedWeight:
     """Several matrices as those of experts."""
     fields = ("values", "scale", "zero", "input_scale")
     tensors = {name: [getattr(matrix, name) for matrix in matrices] for name in fields}
     return replace(matrices[0], **{name: torch.stack(t) for name, t in tensors.items() if t[0] is not None})
-
-
-def moved(weight: QuantizedWeight, device: str) -> QuantizedWeight:
-    fields = ("values", "scale", "zero", "input_scale")
-    tensors = {name: getattr(weight, name) for name in fields}
-    return replace(weight, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
 
 def make_input(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -72,7 +61,7 @@ def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int]) -> Non
     if columns % (SCHEMES[name].column_block or 1) and name.startswith("int4"):
         columns = 256
     for dtype in DTYPES:
-        check(gpu, make_input(rows, columns, dtype), make_weight(name, outputs, columns))
+        check(gpu, make_input(rows, columns, dtype), random_matrix(name, outputs, columns))
 
 
 @pytest.mark.parametrize("rows", [3, 130])
@@ -89,7 +78,7 @@ def test_zeros_of_groups(gpu: str, values: torch.dtype, rows: int) -> None:
 
 @pytest.mark.parametrize("name", ["int8_w8a8", "fp8_w8a8", "int4_w4a8"])
 def test_scales_of_inputs_that_were_given_beforehand(gpu: str, name: str) -> None:
-    weight = make_weight(name, 70, 128)
+    weight = random_matrix(name, 70, 128)
     check(gpu, make_input(5, 128), replace(weight, input_scale=torch.tensor([0.02])))
     parts = replace(weight, input_scale=torch.tensor([0.02, 0.01]), part_rows=(33, 37))
     x = make_input(5, 128)
@@ -99,7 +88,7 @@ def test_scales_of_inputs_that_were_given_beforehand(gpu: str, name: str) -> Non
 
 def test_what_no_tile_fits_goes_to_the_reference(gpu: str) -> None:
     x = make_input(3, 128)
-    weight = replace(make_weight("int4", 8, 128), group_index=torch.arange(128).remainder(2).int()[None])
+    weight = replace(random_matrix("int4", 8, 128), group_index=torch.arange(128).remainder(2).int()[None])
     weight = replace(weight, scale=weight.scale.repeat(1, 2))
     odd = QuantizedWeight(torch.ones(8, 128, dtype=torch.int8), torch.ones(8, 6), 1, 24)
     for one in (weight, odd):
@@ -109,7 +98,7 @@ def test_what_no_tile_fits_goes_to_the_reference(gpu: str) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4_g64", "fp8_block", "int8_w8a8", "int4_w4a8"])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_that_takes_the_same_tile(gpu: str, name: str) -> None:
-    x, weight = make_input(13, 256).to(gpu), moved(make_weight(name, 70, 256), gpu)
+    x, weight = make_input(13, 256).to(gpu), moved(random_matrix(name, 70, 256), gpu)
     together = quantized_matmul(x, weight)
     for row in (0, 7, 12):
         assert torch.equal(quantized_matmul(x[row : row + 1], weight)[0], together[row])
@@ -136,7 +125,7 @@ def test_groups_equal_float64(gpu: str, sizes: list[int], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_quantized_groups_equal_float64(gpu: str, name: str) -> None:
-    weight = experts([make_weight(name, 37, 128, seed) for seed in range(4)])
+    weight = experts([random_matrix(name, 37, 128, seed) for seed in range(4)])
     sizes, x = SIZES[0], make_input(23, 128)
     actual = grouped_matmul(x.to(gpu), moved(weight, gpu), torch.tensor(sizes, dtype=torch.int32, device=gpu)).cpu()
     assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact(rows, weight.expert(group))))
@@ -144,7 +133,7 @@ def test_quantized_groups_equal_float64(gpu: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["int8_w8a8", "fp8_w8a8", "int4_w4a8"])
 def test_each_group_may_have_a_scale_of_inputs(gpu: str, name: str) -> None:
-    matrices = [make_weight(name, 37, 128, seed) for seed in range(4)]
+    matrices = [random_matrix(name, 37, 128, seed) for seed in range(4)]
     weight = experts([replace(m, input_scale=torch.tensor([0.01 * (i + 1)])) for i, m in enumerate(matrices)])
     sizes, x = SIZES[0], make_input(23, 128)
     actual = grouped_matmul(x.to(gpu), moved(weight, gpu), torch.tensor(sizes, dtype=torch.int32, device=gpu)).cpu()
@@ -161,7 +150,7 @@ def test_gated_groups_equal_float64(gpu: str, name: str, activation: str) -> Non
         actual = grouped_gated_matmul(x.to(gpu), plain.to(gpu), group_sizes, activation).cpu()
         products = by_group(x, sizes, 74, lambda rows, group: rows.double() @ plain[group].double().T)
     else:
-        weight = experts([make_weight(name, 74, 128, seed) for seed in range(4)])
+        weight = experts([random_matrix(name, 74, 128, seed) for seed in range(4)])
         actual = grouped_gated_matmul(x.to(gpu), moved(weight, gpu), group_sizes, activation).cpu()
         products = by_group(x, sizes, 74, lambda rows, group: exact(rows, weight.expert(group)))
     assert_close(actual, gated_activation(products, activation))
@@ -175,7 +164,7 @@ def test_many_rows_of_few_groups(gpu: str) -> None:
 
 
 def test_what_does_not_fit_is_refused(gpu: str) -> None:
-    weight, x = moved(make_weight("int8", 8, 128), gpu), make_input(3, 128).to(gpu)
+    weight, x = moved(random_matrix("int8", 8, 128), gpu), make_input(3, 128).to(gpu)
     with pytest.raises(ValueError, match=r"x \[N, 128\].*\[3, 127\]"):
         quantized_matmul(x[:, :127], weight)
     with pytest.raises(ValueError, match="contiguous"):

@@ -25,29 +25,11 @@ from torchinfer.kernels.cuda.rms_norm import rms_norm
 from torchinfer.kernels.reference.dequantize import dequantize, unpack_nibbles
 from torchinfer.kernels.reference.gated_activation import gated_activation
 from torchinfer.kernels.reference.quantize_rows import quantize_rows
-from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import assert_close
+from torchinfer.testing import assert_close, moved, random_matrix, rows_beside_nan
 
 SCHEMES_OF_4_BITS = ["int4", "int4_g64", "int4_g32", "int4_w4a8"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def make_weight(name: str, outputs: int, inputs: int, seed: int = 0) -> QuantizedWeight:
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
-    return SCHEMES[name].weight(dict(SCHEMES[name].pack(weight)), inputs, ())
-
-
-def on(device: str, weight: QuantizedWeight) -> QuantizedWeight:
-    tensors = {name: getattr(weight, name) for name in ("values", "scale", "zero", "input_scale")}
-    return replace(weight, **{name: t.to(device) for name, t in tensors.items() if t is not None})
-
-
-def make_input(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows of a wider tensor, in which NaN lies between them."""
-    wide = torch.full((rows, inputs + 8), float("nan"), dtype=dtype)
-    wide[:, :inputs] = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(7))
-    return wide[:, :inputs]
 
 
 def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -58,7 +40,7 @@ def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def ready(weight: QuantizedWeight, device: str) -> Matrix:
-    prepared = prepare(on(device, weight))
+    prepared = prepare(moved(weight, device))
     assert prepared is not None and prepared.is_packed
     return prepared
 
@@ -79,10 +61,10 @@ def test_each_place_of_a_unit_holds_the_inputs_of_one_product(parts: int) -> Non
 @pytest.mark.parametrize("name", SCHEMES_OF_4_BITS)
 def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int]) -> None:
     rows, inputs, outputs = shape
-    weight = make_weight(name, outputs, inputs)
+    weight = random_matrix(name, outputs, inputs)
     bias = torch.randn(outputs, generator=torch.Generator().manual_seed(3)).bfloat16()
     for dtype in DTYPES if rows in (1, 130) else DTYPES[1:2]:
-        x = make_input(rows, inputs, dtype)
+        x = rows_beside_nan(rows, inputs, dtype)
         actual = linear(x.to(gpu), ready(weight, gpu), bias.to(gpu).to(dtype)).cpu()
         assert actual.dtype == dtype
         assert_close(actual, exact(x, weight) + bias.double())
@@ -94,14 +76,14 @@ def test_inputs_that_are_no_whole_steps_and_zeros_of_groups(gpu: str, inputs: in
     values = torch.randint(0, 256, (40, inputs // 2), generator=generator).to(torch.uint8)
     zero = torch.randint(0, 16, (40, inputs // group), generator=generator).to(torch.uint8)
     weight = QuantizedWeight(values, torch.rand(40, inputs // group, generator=generator) / 500, 1, group, zero=zero)
-    x = make_input(3, inputs)
+    x = rows_beside_nan(3, inputs)
     assert_close(linear(x.to(gpu), ready(weight, gpu), None).cpu(), exact(x, weight))
 
 
 @pytest.mark.parametrize("name", SCHEMES_OF_4_BITS)
 def test_experts(gpu: str, name: str) -> None:
-    sizes, x = [3, 0, 17, 1], make_input(23, 256)
-    matrices = [make_weight(name, 74, 256, seed) for seed in range(4)]
+    sizes, x = [3, 0, 17, 1], rows_beside_nan(23, 256)
+    matrices = [random_matrix(name, 74, 256, seed) for seed in range(4)]
     stacked = {f: torch.stack([getattr(m, f) for m in matrices]) for f in ("values", "scale")}
     prepared, group_sizes = ready(replace(matrices[0], **stacked), gpu), torch.tensor(sizes, dtype=torch.int32).to(gpu)
     expected, start = torch.zeros(23, 74, dtype=torch.float64), 0
@@ -115,7 +97,7 @@ def test_experts(gpu: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", SCHEMES_OF_4_BITS)
 def test_a_row_has_the_same_bits_alone_and_with_others(gpu: str, name: str) -> None:
-    x, prepared = make_input(13, 512).to(gpu), ready(make_weight(name, 70, 512), gpu)
+    x, prepared = rows_beside_nan(13, 512).to(gpu), ready(random_matrix(name, 70, 512), gpu)
     together = linear(x, prepared, None)
     for row in (0, 7, 12):
         assert torch.equal(linear(x[row : row + 1], prepared, None)[0], together[row])
@@ -125,14 +107,14 @@ def test_no_copy_of_the_inputs_is_made(gpu: str, monkeypatch: pytest.MonkeyPatch
     kernel: Any = __import__("torchinfer.kernels.cuda.matmul", fromlist=["matmul_kernel"]).matmul_kernel
     seen: list[Tensor] = []
     monkeypatch.setattr(type(kernel), "__getitem__", lambda _, grid: lambda *a, **named: seen.append(named.get("x")))
-    x = make_input(3, 256)
-    linear(x, ready(make_weight("int4", 70, 256), "cpu"), None)
+    x = rows_beside_nan(3, 256)
+    linear(x, ready(random_matrix("int4", 70, 256), "cpu"), None)
     assert seen[0].data_ptr() == x.data_ptr() and seen[0].stride() == x.stride()
 
 
 def test_in_the_memory_of_the_matrix_if_it_may_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchinfer.kernels.cuda.packed_weight.BLOCK_BYTES", 1000)  # a few rows at a time
-    weight = make_weight("int4", 70, 256)
+    weight = random_matrix("int4", 70, 256)
     kept, copy = weight.values.clone(), prepare(weight)
     assert copy is not None and torch.equal(weight.values, kept)
     turned = prepare(weight, may_overwrite=True)
@@ -142,18 +124,18 @@ def test_in_the_memory_of_the_matrix_if_it_may_be_overwritten(monkeypatch: pytes
 
 
 def test_what_has_no_tiles_or_no_whole_units_stays_as_it_is() -> None:
-    weight = make_weight("int4_g64", 8, 192)
-    assert prepare(torch.ones(4, 64)) is None and prepare(make_weight("int8", 8, 128)) is None
+    weight = random_matrix("int4_g64", 8, 192)
+    assert prepare(torch.ones(4, 64)) is None and prepare(random_matrix("int8", 8, 128)) is None
     assert prepare(replace(weight, group_index=torch.zeros(1, 192, dtype=torch.int32))) is None
     assert prepare(replace(weight, column_block=48)) is None
     whole = replace(weight, scale=weight.scale[:, :1], column_block=192)
     assert prepare(whole) is not None and prepare(replace(whole, values=weight.values[:, :84])) is None  # 168 inputs
-    parts = replace(make_weight("int4_w4a8", 8, 128), input_scale=torch.ones(2), part_rows=(4, 4))
+    parts = replace(random_matrix("int4_w4a8", 8, 128), input_scale=torch.ones(2), part_rows=(4, 4))
     assert prepare(parts) is None
 
 
 def test_norms_and_gated_activations_are_rounded_on_the_way_to_it(gpu: str) -> None:
-    prepared = ready(make_weight("int4_w4a8", 70, 256), gpu)
+    prepared = ready(random_matrix("int4_w4a8", 70, 256), gpu)
     x, factor = torch.randn(5, 256).bfloat16().to(gpu), torch.rand(256).bfloat16().to(gpu)
     expected = linear(rms_norm(x, factor, 1e-6, 0.0), prepared, None)
     assert_close(linear_of_norm(x, factor, 1e-6, 0.0, prepared), expected, torch.bfloat16)
@@ -163,7 +145,7 @@ def test_norms_and_gated_activations_are_rounded_on_the_way_to_it(gpu: str) -> N
 
 
 def test_no_rows_and_rows_that_do_not_fit(gpu: str) -> None:
-    prepared = ready(make_weight("int4", 70, 256), gpu)
+    prepared = ready(random_matrix("int4", 70, 256), gpu)
     assert linear(torch.empty(0, 256, device=gpu), prepared, None).shape == (0, 70)
     with pytest.raises(ValueError, match=r"x \[N, 256\].*\[3, 128\]"):
         linear(torch.ones(3, 128, device=gpu), prepared, None)

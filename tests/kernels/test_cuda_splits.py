@@ -23,7 +23,7 @@ from torchinfer.kernels.reference.quantize_rows import quantize_rows
 from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import assert_close
+from torchinfer.testing import assert_close, moved, random_matrix, rows_beside_nan
 
 # Rows, inputs, outputs, splits: whole spans, a last one that is shorter, and a last step that is cut.
 SHAPES = [(1, 2048, 70, 4), (5, 1153, 33, 2), (33, 2177, 64, 4), (64, 1024, 31, 2)]
@@ -34,23 +34,6 @@ def memory_that_nobody_wrote_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty gives
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def make_weight(name: str, outputs: int, inputs: int, seed: int = 0) -> QuantizedWeight:
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) / inputs**0.5
-    return SCHEMES[name].weight(dict(SCHEMES[name].pack(weight)), inputs, ())
-
-
-def on(device: str, weight: QuantizedWeight) -> QuantizedWeight:
-    tensors = {name: getattr(weight, name) for name in ("values", "scale", "zero")}
-    return replace(weight, **{name: t.to(device) for name, t in tensors.items() if t is not None})
-
-
-def make_input(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Rows of a wider tensor, in which NaN lies between them."""
-    wide = torch.full((rows, inputs + 8), float("nan"), dtype=dtype)
-    wide[:, :inputs] = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(7))
-    return wide[:, :inputs]
 
 
 def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -72,20 +55,20 @@ def test_equals_float64(gpu: str, name: str, shape: tuple[int, int, int, int], d
     rows, inputs, outputs, splits = shape
     if SCHEMES[name].column_block:
         inputs = -(-inputs // 128) * 128
-    x, weight = make_input(rows, inputs, dtype), make_weight(name, outputs, inputs)
+    x, weight = rows_beside_nan(rows, inputs, dtype), random_matrix(name, outputs, inputs)
     assert is_supported(x, weight) and splits_of(x, outputs) == splits
-    actual = quantized_matmul(x.to(gpu), on(gpu, weight)).cpu()
+    actual = quantized_matmul(x.to(gpu), moved(weight, gpu)).cpu()
     assert actual.dtype == dtype
     assert_close(actual, exact(x, weight))
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "int4", "int8_w8a8"])
 def test_groups_equal_float64_and_rows_of_none_are_zeros(gpu: str, name: str) -> None:
-    sizes, x = [3, 0, 17, 1], make_input(23, 1024)  # of the 23 rows two are in no group
-    matrices = [make_weight("int8" if name == "bfloat16" else name, 74, 1024, seed) for seed in range(4)]
+    sizes, x = [3, 0, 17, 1], rows_beside_nan(23, 1024)  # of the 23 rows two are in no group
+    matrices = [random_matrix("int8" if name == "bfloat16" else name, 74, 1024, seed) for seed in range(4)]
     plain = torch.stack([dequantize(matrix) for matrix in matrices]).bfloat16()
     stacked = {f: torch.stack([getattr(m, f) for m in matrices]) for f in ("values", "scale")}
-    weight = plain.to(gpu) if name == "bfloat16" else on(gpu, replace(matrices[0], **stacked))
+    weight = plain.to(gpu) if name == "bfloat16" else moved(replace(matrices[0], **stacked), gpu)
     expected, start = torch.zeros(23, 74, dtype=torch.float64), 0
     for group, size in enumerate(sizes):
         rows = x[start : start + size]
@@ -102,7 +85,7 @@ def test_groups_equal_float64_and_rows_of_none_are_zeros(gpu: str, name: str) ->
 
 @pytest.mark.parametrize("name", ["int8", "int4_g64", "fp8_block", "int8_w8a8"])
 def test_a_row_has_the_same_bits_alone_and_with_others(gpu: str, name: str) -> None:
-    x, weight = make_input(13, 2048).to(gpu), on(gpu, make_weight(name, 70, 2048))
+    x, weight = rows_beside_nan(13, 2048).to(gpu), moved(random_matrix(name, 70, 2048), gpu)
     together = quantized_matmul(x, weight)
     for row in (0, 7, 12):
         assert torch.equal(quantized_matmul(x[row : row + 1], weight)[0], together[row])

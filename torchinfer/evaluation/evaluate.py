@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from torchinfer import kernels
-from torchinfer.device import bound_cpu_caches
+from torchinfer.device import bound_cpu_caches, dtype_name
 from torchinfer.evaluation.driver import Driver
 from torchinfer.evaluation.inputs import Inputs, prepare
 from torchinfer.evaluation.metrics import Bucket, Summary, TokenScores, score_rows, summarize, summarize_by_context
@@ -191,7 +191,7 @@ def _facts(options: EvaluationOptions, inputs: Inputs) -> dict[str, Any]:
     return {
         "model": str(options.model),
         "architecture": inputs.model_config.architecture,
-        "dtype": str(inputs.dtype).removeprefix("torch."),
+        "dtype": dtype_name(inputs.dtype),
         "device": inputs.device.type,
         "text": Path(options.text).name,
         "num_text_tokens": inputs.num_text_tokens,

@@ -11,7 +11,7 @@ import torch
 
 from torchinfer import quantization
 from torchinfer.batch import KVCache
-from torchinfer.device import tensor_cores
+from torchinfer.device import dtype_name, tensor_cores
 from torchinfer.errors import ConfigError
 from torchinfer.kv_cache.tensors import (
     DTYPES,
@@ -34,7 +34,7 @@ SCHEMES = (UNQUANTIZED, *quantization.SCHEMES)
 
 def cache_dtypes(dtype: torch.dtype) -> tuple[str, ...]:
     """Names of the cache dtypes that a model of `dtype` can have; the first is its own."""
-    own = str(dtype).removeprefix("torch.")
+    own = dtype_name(dtype)
     return (own, *(name for name in DTYPES if name != own))
 
 

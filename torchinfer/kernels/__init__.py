@@ -20,6 +20,7 @@ from torch import Tensor
 
 from torchinfer.attention_bundles import AttentionBlocks
 from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
+from torchinfer.device import dtype_name
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -159,7 +160,7 @@ def kernel_pages(
 ) -> KernelPages | str:
     """The pages of the TPU's attention kernel for a layer's heads, or why it cannot take them. Needs no TPU."""
     layout = importlib.import_module("torchinfer.kernels.tpu.page_layout")
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     problem: str | None = layout.head_problem(num_heads, num_kv_heads, name)
     if problem is not None:
         return problem

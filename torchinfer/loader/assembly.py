@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchinfer.device import flush, release_memory
+from torchinfer.device import dtype_name, flush, release_memory
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader.device_copies import DeviceCopies
 from torchinfer.loader.memory import Slabs, allocate, padded
 from torchinfer.loader.opening import Deliver, OpenTensors
-from torchinfer.loader.placement import Placement, dtype_name, packed_matrices, tied_names
+from torchinfer.loader.placement import Placement, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
 from torchinfer.quantization import QuantizedMatrix
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchinfer.device import dtype_name
 from torchinfer.errors import UnsupportedModelError
 from torchinfer.loader.checkpoint import Checkpoint, scan
 from torchinfer.loader.header import TensorEntry, quoted
-from torchinfer.loader.placement import dtype_name, place
+from torchinfer.loader.placement import place
 from torchinfer.loader.published import plan_published
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig

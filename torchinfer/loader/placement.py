@@ -19,6 +19,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from torchinfer.device import dtype_name
 from torchinfer.loader.header import TensorEntry, quoted, shorten
 from torchinfer.parallel import WHOLE, Cut, Shard
 from torchinfer.quantization import QuantizedMatrix
@@ -152,11 +153,6 @@ def tied_names(state: Mapping[str, Tensor]) -> list[list[str]]:
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
     return list(names.values())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16, not torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from torchinfer.device import has_dtype
+from torchinfer.device import dtype_name, has_dtype
 from torchinfer.errors import ConfigError, raise_all
 from torchinfer.loader.header import quoted, shorten
-from torchinfer.loader.placement import Placement, dtype_name, expected_tensors
+from torchinfer.loader.placement import Placement, expected_tensors
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
 from torchinfer.models.moe import Experts

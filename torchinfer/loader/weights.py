@@ -146,6 +146,66 @@ def load_weights(
         DeviceError: the device's memory does not suffice.
     """
     start = time.perf_counter()
+    load = _prepare(model, checkpoint, dtype, device, options, shard, peers, smoothing, deliver)
+    is_shown = progress and sys.stderr.isatty()
+    load.run(is_shown)
+    report = load.report(time.perf_counter() - start)
+    logger.info("%s", report)
+    if is_shown:
+        print(report, file=sys.stderr)
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What a load works with, made before the first byte of data is read."""
+
+    checkpoint: Checkpoint
+    placements: Mapping[str, Placement]
+    plan: LoadPlan
+    source: CountedSource
+    readers: Readers
+    assembly: Assembly
+    delivery: Delivery | None
+    exchange: Exchange | None
+
+    def run(self, is_shown: bool) -> None:
+        """Read all, and give the model its parameters."""
+        readers, exchange = self.readers, self.exchange
+        with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(self.plan, is_shown) as bar:
+            _fill(readers, self.assembly, exchange, bar)
+        if readers.checksums is not None:
+            readers.checksums.check(self.checkpoint.stats)
+        self.assembly.finish()
+
+    def report(self, seconds: float) -> LoadReport:
+        """After `run`."""
+        readers, open_bytes = self.readers, self.delivery.tensors.peak if self.delivery else 0
+        return LoadReport(
+            seconds=seconds,
+            num_bytes=self.plan.num_bytes,
+            read_bytes=self.source.num_bytes,
+            num_tensors=len(self.placements),
+            num_readers=readers.most_readers,
+            is_direct=bool(readers.direct.choice),
+            peak_host_bytes=readers.staging.peak + self.plan.temporary_bytes + open_bytes,
+            num_retries=readers.num_retries,
+            exchanged_bytes=self.exchange.num_received if self.exchange else 0,
+        )
+
+
+def _prepare(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    options: LoadOptions,
+    shard: Shard,
+    peers: Peers | None,
+    smoothing: Smoothing | None,
+    deliver: Deliver | None,
+) -> _Load:
+    """Where processes may exchange something an error in one is one in all."""
     peers = find_peers(shard, peers)
     may_meet = peers is not None and shard.world > 1 and may_exchange(checkpoint.source, options)
     rounds = Rounds(shard, peers) if peers is not None and may_meet else None
@@ -161,27 +221,7 @@ def load_weights(
         assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
         readers.place_of, readers.relocate = assembly.place_of, assembly.relocate
         exchange = _exchange(plan, rounds, placements, assembly, readers, device)
-    is_shown = progress and sys.stderr.isatty()
-    with contextlib.closing(readers), exchange or contextlib.nullcontext(), _bar(plan.num_bytes, is_shown) as bar:
-        _fill(readers, assembly, exchange, bar)
-    if readers.checksums is not None:
-        readers.checksums.check(checkpoint.stats)
-    assembly.finish()
-    report = LoadReport(
-        seconds=time.perf_counter() - start,
-        num_bytes=plan.num_bytes,
-        read_bytes=source.num_bytes,
-        num_tensors=len(placements),
-        num_readers=readers.most_readers,
-        is_direct=bool(readers.direct.choice),
-        peak_host_bytes=readers.staging.peak + plan.temporary_bytes + (delivery.tensors.peak if delivery else 0),
-        num_retries=readers.num_retries,
-        exchanged_bytes=exchange.num_received if exchange else 0,
-    )
-    logger.info("%s", report)
-    if is_shown:
-        print(report, file=sys.stderr)
-    return report
+    return _Load(checkpoint, placements, plan, source, readers, assembly, delivery, exchange)
 
 
 def _placements(
@@ -249,8 +289,8 @@ def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: 
 
 
 @contextlib.contextmanager
-def _bar(num_bytes: int, is_shown: bool) -> Iterator[tqdm[None]]:
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights", disable=not is_shown) as bar:
+def _bar(plan: LoadPlan, is_shown: bool) -> Iterator[tqdm[None]]:
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="weights", disable=not is_shown) as bar:
         yield bar
 
 

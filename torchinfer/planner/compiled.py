@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torchinfer import aot
-from torchinfer.device import free_memory_bytes
+from torchinfer.device import dtype_name, free_memory_bytes
 from torchinfer.errors import ConfigError, DeviceError, TorchinferError, raise_all
 from torchinfer.hbm_traffic import hbm_bytes
 from torchinfer.planner.kernels import StepKernel, step_kernels
@@ -210,12 +210,12 @@ def _compile_step(
     num_pages = batch * shape.table_width + 1
     request = {
         "model": str(Path(options.model).absolute() if Path(options.model).exists() else options.model),
-        "dtype": str(plan.source.dtype).removeprefix("torch."),
+        "dtype": dtype_name(plan.source.dtype),
         "quantization": options.quantization,
         "expert_parallel": options.expert_parallel,
         "num_chips": part.num_chips,
         "shape": [shape.num_tokens, shape.num_requests, shape.table_width],
-        "cache_dtype": str(plan.cache_dtype).removeprefix("torch."),
+        "cache_dtype": dtype_name(plan.cache_dtype),
         "num_pages": num_pages,
         "page_size": part.page_size,
         "num_cores": num_cores(place.accelerator),

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from torchinfer.config import Quantization
+from torchinfer.device import dtype_name
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.checkpoint import CONFIG, MAX_JSON_BYTES, QUANTIZATION_KEYS, Checkpoint, scan
 from torchinfer.loader.header import TensorEntry, parse_json
@@ -45,7 +46,7 @@ class ModelSource:
             return f"{method.get('quant_method') if isinstance(method, Mapping) else method}, as the checkpoint has it"
         if isinstance(self.quantization, Mapping):
             return ", ".join(f"{pattern}={scheme}" for pattern, scheme in self.quantization.items())
-        return self.quantization or str(self.dtype).removeprefix("torch.")
+        return self.quantization or dtype_name(self.dtype)
 
     def build(self, config: ModelConfig) -> Decoder:
         """A model with these sizes on the meta device, its matrices held as the engine would hold them."""

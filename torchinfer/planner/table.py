@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchinfer import aot
-from torchinfer.device import DEFAULT_CACHE_SHARE
+from torchinfer.device import DEFAULT_CACHE_SHARE, dtype_name
 from torchinfer.evaluation.table import columns
 from torchinfer.kv_cache.tensors import SCALED
 from torchinfer.planner.capacity import WEIGHT_SHARE
@@ -75,7 +75,7 @@ def to_text(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> str:
     source = plan.source
     lines = [
         f"{source.name}: {source.config.architecture}, {plan.num_parameters:,} parameters",
-        f"weights {source.scheme}, activations {_name(source.dtype)}, KV cache {_name(plan.cache_dtype)}",
+        f"weights {source.scheme}, activations {dtype_name(source.dtype)}, KV cache {dtype_name(plan.cache_dtype)}",
         f"requests of {plan.context:,} tokens, prompts in steps of {plan.chunk:,}; bytes and operations are of "
         "each chip",
         "",
@@ -246,8 +246,8 @@ def to_dict(plan: Plan, compiled: Sequence[CompiledStep] = ()) -> dict[str, Any]
         "architecture": source.config.architecture,
         "num_parameters": plan.num_parameters,
         "weights": source.scheme,
-        "dtype": _name(source.dtype),
-        "kv_cache_dtype": _name(plan.cache_dtype),
+        "dtype": dtype_name(source.dtype),
+        "kv_cache_dtype": dtype_name(plan.cache_dtype),
         "kv_cache_has_scales": plan.cache_dtype in SCALED,
         "context": plan.context,
         "max_num_batched_tokens": plan.chunk,
@@ -313,7 +313,3 @@ def _step_dict(steps: Sequence[Step], speed: Speed) -> dict[str, Any]:
         "compute_seconds": sum(step.compute_seconds for step in steps),
         "interconnect_seconds": sum(step.interconnect_seconds for step in steps),
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
