@@ -56,9 +56,12 @@ def multiply_rows(
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
     if not num_rows:
         return result
-    if tiles is None and row_scale is not None and is_library_s(x, matrix, dtype, load_table()):
-        return library_matmul(x, row_scale, matrix)
-    tiles = tiles or tiles_for(x, matrix, load_table())
+    if tiles is None:
+        product = product_of(x, matrix)
+        tuned = tuned_for(product, x.device, load_table())
+        if row_scale is not None and activation == "none" and is_library_s(tuned, num_rows, matrix, dtype):
+            return library_matmul(x, row_scale, matrix)
+        tiles = _choose(product, x, tuned)
     if tiles.splits == 1:
         _launch(x, row_scale, matrix, group_sizes, tiles, result, activation)
         return result
@@ -73,20 +76,21 @@ def multiply_rows(
 def tiles_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tiles:
     """What `multiply_rows` launches, where the product is not the library's."""
     product = product_of(x, matrix)
-    num_rows, tuned = triton.cdiv(len(x), product.num_matrices), tuned_for(x, matrix, table)
-    return choose_tiles(product, num_rows, num_processors(x.device), tuned)
+    return _choose(product, x, tuned_for(product, x.device, table))
 
 
-def is_library_s(x: Tensor, matrix: Matrix, dtype: torch.dtype, table: dict[Key, Tuned]) -> bool:
+def _choose(product: Product, x: Tensor, tuned: Tuned | None) -> Tiles:
+    return choose_tiles(product, triton.cdiv(len(x), product.num_matrices), num_processors(x.device), tuned)
+
+
+def is_library_s(tuned: Tuned | None, num_rows: int, matrix: Matrix, dtype: torch.dtype) -> bool:
     """Whether torch's own product was measured to be the faster one for so many rows."""
-    tuned = tuned_for(x, matrix, table)
-    return tuned is not None and 0 < tuned.library_rows <= len(x) and has_library(matrix, dtype)
+    return tuned is not None and 0 < tuned.library_rows <= num_rows and has_library(matrix, dtype)
 
 
-def tuned_for(x: Tensor, matrix: Matrix, table: dict[Key, Tuned]) -> Tuned | None:
+def tuned_for(product: Product, device: torch.device, table: dict[Key, Tuned]) -> Tuned | None:
     """What was measured on this card for this matrix, and rows of 8 or 16 bits."""
-    product = product_of(x, matrix)
-    key = device_name(x.device), product.format, product.num_outputs, product.num_inputs, product.num_matrices
+    key = device_name(device), product.format, product.num_outputs, product.num_inputs, product.num_matrices
     return table.get(key) if product.element_bytes <= 2 else None
 
 

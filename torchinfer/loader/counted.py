@@ -13,6 +13,7 @@ class CountedSource(Source):
     def __init__(self, source: Source) -> None:
         self.source = source
         self.address, self.is_network, self.kind = source.address, source.is_network, source.kind
+        self.max_gap_bytes = source.max_gap_bytes
         self.num_bytes = 0
         self._lock = threading.Lock()
 
