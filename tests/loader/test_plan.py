@@ -13,7 +13,6 @@ from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import (
     DEFAULT_MEMORY,
-    MAX_GAP_BYTES,
     ROOM_BYTES,
     SMALLEST_EXTENT_BYTES,
     choose_memory,
@@ -23,6 +22,7 @@ from torchinfer.loader.plan import (
     plan_extents,
     temporary_bytes,
 )
+from torchinfer.loader.source import MAX_GAP_BYTES
 from torchinfer.parallel import Cut
 
 MIB = 1 << 20

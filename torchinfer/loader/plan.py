@@ -22,7 +22,7 @@ from torchinfer.errors import ConfigError
 from torchinfer.loader.header import TensorEntry, quoted
 from torchinfer.loader.memory import LARGE_PAGE, buffer_bytes
 from torchinfer.loader.placement import Placement
-from torchinfer.loader.source import ALIGNMENT
+from torchinfer.loader.source import ALIGNMENT, MAX_GAP_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,6 @@ NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
 NO_FILES: Mapping[str, int] = {}
 TOLERANCE = 0.25  # of an extent that a file's extents may be longer by together: better than one more, short one
-MAX_GAP_BYTES = 4 << 20  # unread bytes within an extent, where the source says nothing else: skipped on one stream
 
 
 @dataclass(frozen=True, slots=True)

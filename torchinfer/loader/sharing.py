@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.memory import LARGE_PAGE
 from torchinfer.loader.placement import Placement
-from torchinfer.loader.plan import MAX_GAP_BYTES, Extent, plan_extents
+from torchinfer.loader.plan import Extent, plan_extents
+from torchinfer.loader.source import MAX_GAP_BYTES
 from torchinfer.parallel import Cut, Shard
 
 

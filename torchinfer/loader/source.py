@@ -13,6 +13,7 @@ from typing import Self
 
 from torchinfer.errors import CheckpointError
 
+MAX_GAP_BYTES = 4 << 20  # where a source says nothing else
 ALIGNMENT = 4096  # bytes; of the offset, the length and the memory of a direct read
 
 
@@ -74,7 +75,7 @@ class Source(abc.ABC):
     address: str  # for messages
     is_network: bool  # a read costs a round trip, and more readers give more
     kind: str  # of storage, for people: "ext4", "fuse.gcsfuse", "gs"
-    max_gap_bytes: int = 4 << 20  # that a handle skips between two reads; beyond, another one reads on
+    max_gap_bytes: int = MAX_GAP_BYTES  # that a handle skips between two reads; beyond, another one reads on
 
     @abc.abstractmethod
     def names(self) -> list[str]:
