@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import cpu_peers_setup as prepared
+from bars import plot_bars
 from cpu_linear import read_bandwidth
-from loading_plot import plot_bars
 
 WORKER = Path(__file__).with_name("cpu_peers_worker.py")
 PEERS = ("llama.cpp", "vllm", "openvino", "ctranslate2", "onnxruntime", "transformers")

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bars import plot_bars
 from cpu_linear import PLANES, PRODUCTS, median_seconds, read_bandwidth
 from cpu_peers_worker import make_prompt, matrix_bytes
-from loading_plot import plot_bars
 
 from torchinfer.config import EngineConfig
 from torchinfer.engine import Engine

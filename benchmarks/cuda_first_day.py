@@ -73,6 +73,7 @@ def plan(work: Path, out: Path) -> list[Step]:
         Step("experts", [*measured, "grouped"], 60),
         Step("mixtral", [*engine, "--parts", "mixtral,host-mixed"], 150, experts),
         Step("linear-70b", [*measured, "70b/8-gate_up"], 60),
+        Step("plot", [python, str(benchmarks / "cuda_plot.py"), "--results", str(out), "--plot", str(out)], 30),
         Step("tune", [python, str(benchmarks / "cuda_tune.py"), "--out", str(out / "tuned.json")], 900),
     ]
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bars import plot_bars
 from loading_gcs import client_env, counted, mount, serve
-from loading_plot import plot_bars
 from loading_run import Bench, Case, Place, Row, make_once, summarize
 
 STREAM_RATE = 200e6  # bytes per second of one stream of Cloud Storage

@@ -1,4 +1,4 @@
-"""Bars as an SVG, for benchmarks/loading.py."""
+"""Bars as an SVG, for the benchmarks that compare several things at once."""
 
 from __future__ import annotations
 
