@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     "torchinfer.async_engine",
     "torchinfer.attention_bundles",
     "torchinfer.config",
+    "torchinfer.control_groups",
     "torchinfer.engine_info",
     "torchinfer.engine_loop",
     "torchinfer.errors",
@@ -119,6 +120,7 @@ LAYERS = (
     ("torchinfer.hosts",),
     ("torchinfer.link",),
     (
+        "torchinfer.control_groups",
         "torchinfer.errors",
         "torchinfer.evaluation",
         "torchinfer.kv_cache",
@@ -203,6 +205,8 @@ def imports_of_the_library_by_backends(imports: list[Import]) -> list[Import]:
         backend = next(name for name in BACKENDS if is_in(found.of, (name,)))
         plain = ("torchinfer.batch", "torchinfer.layer_parts", "torchinfer.quantized_weight")
         if found.is_typing_only and found.module in plain:
+            return True
+        if found.module == "torchinfer.control_groups":  # facts about the machine, without imports of its own
             return True
         # A port may build upon the reference, never upon another port.
         return not is_in(found.module, ("torchinfer",)) or is_in(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from torchinfer import spmd
+from torchinfer.control_groups import free_memory
 from torchinfer.errors import DeviceError
 
 TENSOR_CORES = {"TPU v5 lite": 1, "TPU v5e": 1, "TPU v5": 2, "TPU v5p": 2}  # of a chip that is one device
@@ -132,14 +133,8 @@ def _free_host_bytes() -> int:
     if "MemAvailable" not in fields:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (_cgroup_number(name) for name in ("memory.max", "memory.current"))
-    return min(available, limit - used) if limit is not None and used is not None else available
-
-
-def _cgroup_number(name: str) -> int | None:
-    path = Path("/sys/fs/cgroup") / name
-    text = path.read_text().strip() if path.exists() else "max"
-    return int(text) if text.isdigit() else None
+    allowed = free_memory()
+    return available if allowed is None else min(available, allowed)
 
 
 def synchronize(device: torch.device) -> None:
