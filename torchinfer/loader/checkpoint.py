@@ -19,7 +19,7 @@ from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_heade
 from torchinfer.loader.retry import PersistentReader, Stopped
 from torchinfer.loader.source import FileStat, Source, is_inside
 from torchinfer.loader.stall import StalledError, Trial, read_file, unless_stalled
-from torchinfer.loader.storage import open_source
+from torchinfer.loader.storage import list_source
 from torchinfer.tokenizer import VOCABULARY_FILES
 
 CONFIG = "config.json"
@@ -104,8 +104,7 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
     """
-    source = unless_stalled(f"open {path}", lambda trial: open_source(path))
-    names = unless_stalled(f"list {path}", lambda trial: source.names())
+    source, names = list_source(path)
     problems: list[str] = []
     config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
     if CONFIG not in names:
@@ -232,7 +231,8 @@ def _is_deeper(source: Source, shard: str) -> bool:
 
 
 def _read_headers(source: Source, shards: list[str], problems: list[str]) -> list[_Header]:
-    """Those that can be read. Side by side: a header over a network is two or three round trips."""
+    """Those that can be read. Over a network side by side: a header is two or three round trips there. Of a disk one
+    after the other: threads that parse them would only wait for each other."""
     stop = threading.Event()
 
     def read(shard: str) -> _Header | CheckpointError | Stopped:
@@ -250,7 +250,7 @@ def _read_headers(source: Source, shards: list[str], problems: list[str]) -> lis
 
     with ThreadPoolExecutor(HEADER_READERS, "header") as pool:
         try:
-            found = list(pool.map(read, shards))
+            found = list((pool.map if source.is_network else map)(read, shards))
         finally:
             stop.set()  # after Ctrl-C nobody waits for what is left
     for stalled in (each for each in found if isinstance(each, StalledError)):
