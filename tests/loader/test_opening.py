@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import random
@@ -34,6 +35,7 @@ from torchinfer.weight_map import Target
 
 OnRead = Callable[[Callable[[int], object]], None]
 MIB = 1 << 20
+M_MMAP_THRESHOLD = -3  # mallopt(3): what is larger is mapped, and unmapped when it is freed
 NUM_LAYERS, LAYER_BYTES = 24, 8 * MIB
 
 
@@ -252,6 +254,25 @@ def test_the_host_holds_no_more_than_the_limit_of_what_is_put_together(checkpoin
     assert resident_bytes("VmHWM") - before < limit + 10_000_000
 
 
+@pytest.mark.xla
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let us reset the peak")
+def test_a_load_onto_xla_holds_the_model_once_and_the_limit_beside_it(checkpoint: Checkpoint) -> None:
+    """XLA's CPU has the device's memory in the host's; what it frees must leave the process not to count."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+    device, limit = pytest.importorskip("torch_xla").device(), 64 * MIB
+    deliver_all(checkpoint, limit)  # what is allocated once
+    torch.zeros(1, device=device).cpu()
+    with torch.device("meta"):
+        model = Merged(LAYER_BYTES // 4096)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = resident_bytes("VmRSS")
+    report = load_weights(model, checkpoint, torch.float32, device, False, LoadOptions(memory=limit, readers=8))
+    held = resident_bytes("VmHWM") - before - NUM_LAYERS * LAYER_BYTES
+    assert all(parameter.device.type == "xla" for parameter in model.parameters())
+    assert 2 * LAYER_BYTES <= report.peak_host_bytes <= limit
+    assert held < limit + 10_000_000
+
+
 def least_limit(checkpoint: Checkpoint) -> int:
     """With which one tensor is open at a time."""
     with pytest.raises(
@@ -272,7 +293,7 @@ def test_what_is_put_together_on_a_gpu_is_not_within_the_hosts_limit(checkpoint:
     placements, _ = place(model, checkpoint.tensors)
     device, options, sizes = torch.device("cuda"), LoadOptions(memory=64 * MIB), parameter_bytes(model, torch.float32)
     deliver = Deliver(lambda name, tensor: tensor)
-    found = plan_load(checkpoint, placements, torch.float32, device, WHOLE, options, None, deliver, sizes)
+    found = plan_load(checkpoint, placements, device, WHOLE, options, None, deliver, sizes)
     assert found.staging == 64 * MIB
     assert found.opening is not None
     assert found.open_bytes == found.opening.most_bytes + ROOM_BYTES

@@ -19,7 +19,6 @@ from torchinfer.loader.plan import (
     ROOM_BYTES,
     Extent,
     choose_memory,
-    copied_bytes,
     extent_bytes,
     needed_memory,
     plan_extents,
@@ -54,7 +53,6 @@ class LoadPlan:
 def plan_load(
     checkpoint: Checkpoint,
     placements: Mapping[str, Placement],
-    dtype: torch.dtype,
     device: torch.device,
     shard: Shard,
     options: LoadOptions,
@@ -70,8 +68,7 @@ def plan_load(
     is_on_host, is_pinned = device.type == "cpu", device.type == "cuda"
     temporary = 0 if is_pinned else temporary_bytes(placements, checkpoint.tensors)
     limit = (options.memory or DEFAULT_MEMORY) - temporary
-    # The other half: on XLA copies of one extent on the way to the device, else tensors that are put together.
-    limit = limit // 2 if device.type == "xla" or (deliver is not None and is_on_host) else limit
+    limit = limit // 2 if deliver is not None and is_on_host else limit  # the other half: what is put together
     shared, own = _plan_reads(checkpoint, placements, shard, options, peers, limit)
     every, opening = [*shared.extents, *own], None  # whoever reads it: the limit that will do is the same for all
     if deliver is not None:
@@ -79,7 +76,6 @@ def plan_load(
         every, shared = list(opening.extents), shared.in_order(opening.extents)
         own = [] if shared.items else every
         temporary += deliver.num_bytes
-    temporary += copied_bytes(every, placements, dtype) if device.type == "xla" else 0
     plan = LoadPlan([*shared.own, *own], shared, 0, temporary, *options.reader_counts(checkpoint.source), opening)
     other = temporary + buffer_bytes(shared.staging_bytes, is_pinned)
     if opening is not None and is_on_host:

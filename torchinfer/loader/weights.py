@@ -9,11 +9,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchinfer.device import synchronize
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.assembly import Assembly, Delivery, check_scale, parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
@@ -39,6 +41,7 @@ from torchinfer.parallel import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
+HOST = torch.device("cpu")
 COPY_POLL_SECONDS = 0.002  # in which copies to a device are looked after while nothing was read
 
 
@@ -137,7 +140,7 @@ def load_weights(
     failed is unusable. Where processes may exchange what several of them need (exchange.py), all of them call this with
     the same options, and an error in one is an error in all; `peers` are those of the default group if it fits. With
     `deliver` the model is the whole one in every process: its parameters are put together on `device`, few at once
-    (opening.py), and handed over.
+    (opening.py), and handed over. So it is for XLA, without a `shard`: on the host, and each is sent when it is whole.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
@@ -146,15 +149,44 @@ def load_weights(
         ConfigError: `options.memory` is too little for a tensor, or `peers` do not fit the shard.
         DeviceError: the device's memory does not suffice.
     """
+    if device.type == "xla":
+        assert shard.world == 1, "several chips are one process's: divided.py"
+        report = load_weights(
+            model,
+            checkpoint,
+            dtype,
+            HOST,
+            progress,
+            options,
+            smoothing=smoothing,
+            deliver=Deliver(partial(_put, device)),
+        )
+        _move_buffers(model, device)
+        return report
     start = time.perf_counter()
     load = _prepare(model, checkpoint, dtype, device, options, shard, peers, smoothing, deliver)
     is_shown = progress and sys.stderr.isatty()
     load.run(is_shown)
+    if deliver is None:
+        _move_buffers(model, device)
     report = load.report(time.perf_counter() - start)
     logger.info("%s", report)
     if is_shown:
         print(report, file=sys.stderr)
     return report
+
+
+def _put(device: torch.device, name: str, tensor: Tensor) -> Tensor:
+    found = tensor.to(device)
+    synchronize(device)  # or what is on its way would stay on the host, beyond any limit
+    return found
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those that no checkpoint has, too."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +247,7 @@ def _prepare(
         placements = _placements(model, checkpoint, shard if deliver is None else WHOLE, smoothing)
         is_on_host = device.type == "cpu"
         sizes = parameter_bytes(model, dtype)
-        plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, deliver, sizes)
+        plan = plan_load(checkpoint, placements, device, shard, options, peers, deliver, sizes)
         source = CountedSource(checkpoint.source)
         readers = _readers(replace(checkpoint, source=source), plan, options, device, shard)
         delivery = _delivery(plan, deliver, readers)
