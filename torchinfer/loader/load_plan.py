@@ -99,9 +99,11 @@ def _plan_reads(
     first, _ = options.reader_counts(checkpoint.source)
     whole_files = {name: stat.size for name, stat in checkpoint.stats.items()} if options.verify else {}
     num_bytes = sum(tensors[name].num_bytes for name in placements)
-    block = extent_bytes(is_network, limit, first + 1, num_bytes // shard.world)
+    # As many for each reader of each process; and one more piece, at most as long, is received.
+    block = extent_bytes(is_network, limit * (first + 1) // (first + 2), first, num_bytes // shard.world)
     shared = _shared(checkpoint, placements, shard, options, peers, block)
-    own = {name: placement for name, placement in placements.items() if name not in shared.names}
+    names = shared.names
+    own = {name: placement for name, placement in placements.items() if name not in names}
     length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
     return shared, plan_extents(own, tensors, length, whole_files, gap)
 
