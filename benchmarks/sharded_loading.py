@@ -2,7 +2,8 @@
 
 Row-cut tensors are contiguous in the file, a process reads its rows; a tensor that is cut in columns must be read in
 whole rows. Every byte is counted where it comes in: results of `preadv` in a folder, what the server sends over gs://
-(torchinfer's fake one). Each process is loaded for real, one after the other; with an exchange all at once, over gloo.
+(torchinfer's fake one). Each process is loaded for real, one after the other; with an exchange all at once, over gloo,
+and what they read is compared with the checkpoint's bytes.
 
     python benchmarks/sharded_loading.py --model DIR [DIR ...]      # e.g. those of benchmarks/make_checkpoint.py
 """
@@ -108,10 +109,21 @@ def load_together(rank: int, address: str, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def read_together(folder: Path, world: int) -> int:
+def read_together(address: str, world: int) -> int:
     with tempfile.TemporaryDirectory() as results:
-        multiprocessing.spawn(load_together, (str(folder), world, results), nprocs=world)
+        multiprocessing.spawn(load_together, (address, world, results), nprocs=world)
         return sum(int(Path(results, str(rank)).read_text()) for rank in range(world))
+
+
+def sent_together(folder: Path, world: int) -> int:
+    """What the server sent, but for headers and JSON files, which each process reads."""
+    with served(folder) as (address, server):
+        Checkpoint.open(address)
+        headers = server.stats(reset=True).num_bytes
+        reported = read_together(address, world)
+        sent = server.stats().num_bytes - world * headers
+    print(f"{folder.name}, with exchange: gs:// sent {sent}, reported {reported}", flush=True)
+    return sent
 
 
 def measure(folder: Path, world: int) -> dict[str, object]:
@@ -144,7 +156,8 @@ def measure(folder: Path, world: int) -> dict[str, object]:
         "overall": round(read / share.total(), 4),
         "rows_and_whole_gs": round((sent - columns) / by_rows, 4),
         "overall_gs": round(sent / share.total(), 4),
-        "overall_with_exchange": round(read_together(folder, world) / share.total(), 4),
+        "overall_with_exchange": round(read_together(str(folder), world) / checkpoint.total_bytes, 4),
+        "overall_gs_with_exchange": round(sent_together(folder, world) / checkpoint.total_bytes, 4),
     }
 
 

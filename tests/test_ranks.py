@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import transformers
 
 from torchinfer import LLM, SamplingParams
 from torchinfer.errors import ConfigError, DeviceError, EngineError
+from torchinfer.fake_gcs import FakeGcs
+from torchinfer.loader import Checkpoint
 from torchinfer.testing import TINY, save_random_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -33,6 +36,7 @@ PARAMS = [
     SamplingParams(max_tokens=6, temperature=0.8, top_k=9, seed=3, ignore_eos=True, frequency_penalty=0.5),
     SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logit_bias={7: 2.0}),
 ]
+LARGE = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 4096, "num_hidden_layers": 4}
 WIDE = {"intermediate_size": 128, "vocab_size": 163}  # which two do not divide
 
 
@@ -42,7 +46,7 @@ def save(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
-def run(model: Path, num_ranks: int, **options: Any) -> tuple[list[list[int]], list[float], int]:
+def run(model: Path | str, num_ranks: int, **options: Any) -> tuple[list[list[int]], list[float], int]:
     with LLM(model, tensor_parallel_size=num_ranks, **SIZES | options) as llm:
         outputs = llm.generate(PROMPTS, PARAMS)
         given = [*(outputs[0].logprobs or []), *(each for each in outputs[0].prompt_logprobs or [] if each)]
@@ -72,6 +76,24 @@ def test_two_processes_have_the_ids_of_one(
     assert num_parameters == expected_parameters
     assert capfd.readouterr().out == ""
     assert not dist.is_initialized()
+
+
+def test_over_a_network_each_byte_leaves_the_storage_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole tensors are quantized in each rank, which gets from the other what it does not read: several extents."""
+    save(tmp_path / "bucket/model", "llama-biases", **LARGE)
+    total = Checkpoint.open(tmp_path / "bucket/model").total_bytes
+    with FakeGcs(tmp_path) as server, caplog.at_level(logging.INFO, "torchinfer"):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
+        ids, _, _ = run("gs://bucket/model", 2, quantization="int8")
+        sent = server.stats(reset=True).num_bytes
+        expected_ids, _, _ = run("gs://bucket/model", 1, quantization="int8")
+        headers = server.stats().num_bytes - total  # and config.json, which each process reads
+    assert ids == expected_ids
+    assert sent - 2 * headers == total
+    assert "processes exchange what several of them need: the storage is behind a network" in caplog.text
+    assert f"{total / 2e9:.3f} GB from other processes" in caplog.text
 
 
 def test_the_death_of_a_rank_ends_requests_and_an_engine_can_be_started_again(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def load_ranked(
     progress: bool = False,
 ) -> tuple[Decoder, int]:
     """This rank's part of a model, and how many parameters the whole one has. Tensors are put together on the device,
-    quantized, as in one process, bit by bit, and cut then: each rank reads all of the checkpoint.
+    quantized, as in one process, bit by bit, and cut then. So each rank gets all of the checkpoint: from the storage,
+    or, where that is behind a network or read around the page cache, each byte from the rank that reads it for all.
 
     Raises what `load_model` raises, and:
         ConfigError: the ranks cannot divide the quantized matrices.
@@ -169,9 +170,8 @@ def load_ranked(
         return own if own.numel() == tensor.numel() else own.clone(memory_format=torch.contiguous_format)
 
     share_bytes = max(parameter_bytes(model.local, dtype).values()) if device.type == "cpu" else 0
-    load_weights(
-        whole, checkpoint, dtype, device, progress and shard.rank == 0, options, deliver=Deliver(send, share_bytes)
-    )
+    deliver = Deliver(send, share_bytes)
+    load_weights(whole, checkpoint, dtype, device, progress and shard.rank == 0, options, shard, deliver=deliver)
     loaded = whole.state_dict()
     for name, tensor in tensors_of(whole).items():
         own = tensor if name in loaded else send(name, tensor)  # what no checkpoint has: constants

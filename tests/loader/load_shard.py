@@ -21,10 +21,11 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from torchinfer.errors import CheckpointError, DeviceError, TorchinferError
+from torchinfer.errors import CheckpointError, ConfigError, DeviceError, TorchinferError
 from torchinfer.loader import Checkpoint, LoadOptions, load_weights
 from torchinfer.loader.exchange import Exchange
 from torchinfer.loader.folder import FileReader, FolderSource
+from torchinfer.loader.opening import Deliver
 from torchinfer.loader.rounds import Peers
 from torchinfer.loader.source import FileStat
 from torchinfer.models import build_model
@@ -97,24 +98,40 @@ def on_device(is_wanted: bool) -> Iterator[None]:
 def load(case: dict[str, Any], shard: Shard) -> dict[str, Any]:
     """The parameters and the report, or the error."""
     fault = case.get("fault") if shard.rank == case.get("faulty_rank", 1) else None
-    source = ToldSource(case["folder"], case.get("is_network", False), fault)
-    checkpoint = replace(Checkpoint.open(case["folder"]), source=source)
-    config = ModelConfig.from_dict(json.loads((Path(case["folder"]) / "config.json").read_text()))
-    model = local_model(config, shard.world)
+    checkpoint = Checkpoint.open(case["folder"])
+    if not case["folder"].startswith("gs://"):
+        checkpoint = replace(checkpoint, source=ToldSource(case["folder"], case.get("is_network", False), fault))
+    config = ModelConfig.from_dict(checkpoint.config)
+    deliver = Deliver(lambda name, tensor: tensor.clone()) if case.get("is_whole") else None
+    model = local_model(config, shard.world if deliver is None else 1)
     assert dist.group.WORLD is not None
-    peers = Peers(dist.group.WORLD, case.get("block_bytes"), case.get("smallest_bytes", 1))
+    peers = Peers(dist.group.WORLD, case.get("block_bytes"), case.get("narrow_bytes", 1))
     if fault == "missing tensor":
         tensors = {name: entry for name, entry in checkpoint.tensors.items() if name != "model.norm.weight"}
         checkpoint = replace(checkpoint, tensors=tensors)
     options = LoadOptions(memory=case.get("memory", 64 << 20), exchange=case.get("exchange"))
     dtype = getattr(torch, case.get("dtype", "float32"))
+    arguments: Any = (shard, peers, None, deliver)
+    if case.get("is_tight"):
+        options = replace(options, memory=least_memory(model, checkpoint, dtype, options, *arguments))
     start = time.monotonic()
     try:
         with broken(fault), on_device(case.get("is_on_device", False)):
-            report = load_weights(model, checkpoint, dtype, torch.device("cpu"), False, options, shard, peers)
+            report = load_weights(model, checkpoint, dtype, torch.device("cpu"), False, options, *arguments)
     except TorchinferError as error:
         return {"error": str(error), "seconds": time.monotonic() - start}
-    return {"state": model.state_dict(), "report": report}
+    return {"state": model.state_dict(), "report": report, "memory": options.memory}
+
+
+def least_memory(
+    model: Decoder, checkpoint: Checkpoint, dtype: torch.dtype, options: LoadOptions, *arguments: Any
+) -> int:
+    """The limit that an error says will do."""
+    try:
+        load_weights(model, checkpoint, dtype, torch.device("cpu"), False, replace(options, memory=1), *arguments)
+    except ConfigError as error:
+        return int(str(error).rpartition("load_memory=")[2].split()[0])
+    raise AssertionError("a limit of one byte was enough")
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import queue
 import random
 import threading
 import time
@@ -19,23 +22,28 @@ from torch import Tensor, nn
 
 from torchinfer.errors import ConfigError
 from torchinfer.loader import Checkpoint, LoadOptions, LoadReport, load_weights
+from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.header import TensorEntry
+from torchinfer.loader.load_plan import plan_load
 from torchinfer.loader.opening import Deliver, OpeningPlan, OpenTensors, plan_opening
-from torchinfer.loader.plan import Extent, Piece
+from torchinfer.loader.placement import place
+from torchinfer.loader.plan import ROOM_BYTES, Extent, Piece
 from torchinfer.loader.readers import Readers
 from torchinfer.loader.retry import Stopped
+from torchinfer.parallel import WHOLE
 from torchinfer.weight_map import Target
 
 OnRead = Callable[[Callable[[int], object]], None]
 MIB = 1 << 20
+M_MMAP_THRESHOLD = -3  # mallopt(3): what is larger is mapped, and unmapped when it is freed
 NUM_LAYERS, LAYER_BYTES = 24, 8 * MIB
 
 
 def extent(number: int, *names: str) -> Extent:
     """Of 10 bytes of each of these tensors."""
     pieces = []
-    for place, name in enumerate(names):
-        offset = 100 * number + 10 * place
+    for position, name in enumerate(names):
+        offset = 100 * number + 10 * position
         pieces.append(Piece(TensorEntry(name, torch.uint8, (10,), "s", offset, 10), 0, 10, offset, 10))
     return Extent("s", tuple(pieces))
 
@@ -122,6 +130,47 @@ def test_with_the_least_limit_all_extents_begin_and_no_more_is_open(num_threads:
         assert 0 < tensors.peak <= found.most_bytes
 
 
+def exchange_all(found: OpeningPlan, ranks: list[OpenTensors], rng: random.Random) -> None:
+    """Each process begins, in a thread, what it reads; in each round it sends the first extent that it has to all."""
+    owner = [rng.randrange(len(ranks)) for _ in found.extents]
+    ready = [queue.SimpleQueue[int]() for _ in ranks]
+
+    def read(rank: int) -> None:
+        for index, extent in enumerate(found.extents):
+            if owner[index] == rank:
+                ranks[rank].enter(extent.pieces[0])
+                ready[rank].put(index)
+
+    threads = [threading.Thread(target=read, args=(rank,), daemon=True) for rank in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    remaining = Counter(name for names in found.parameters for name in names)
+    num_left, deadline = len(found.extents), time.monotonic() + 10
+    while num_left:
+        assert time.monotonic() < deadline, "they wait for ever"
+        for source in rng.sample(ready, len(ready)):
+            with contextlib.suppress(queue.Empty):
+                index = source.get(timeout=rng.random() * 0.001)
+                num_left -= 1
+                remaining.subtract(found.parameters[index])
+                for rank, tensors in enumerate(ranks):
+                    if rank != owner[index]:
+                        tensors.receive(found.extents[index])
+                    for name in found.parameters[index]:
+                        if not remaining[name]:
+                            tensors.close(name)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_that_exchange_begin_all_extents_with_the_least_limit(world: int) -> None:
+    rng = random.Random(world)
+    for _ in range(20):
+        found = plan(random_groups(rng), {f"p{number}": rng.randrange(1, 50) for number in range(12)})
+        ranks = [OpenTensors(found, found.most_bytes, threading.Event()) for _ in range(world)]
+        exchange_all(found, ranks, rng)
+        assert all(0 < tensors.peak <= found.most_bytes for tensors in ranks)
+
+
 def test_what_is_read_once_more_does_not_wait() -> None:
     found = plan([["a"], ["b"]])
     tensors = OpenTensors(found, 2, threading.Event())
@@ -205,6 +254,25 @@ def test_the_host_holds_no_more_than_the_limit_of_what_is_put_together(checkpoin
     assert resident_bytes("VmHWM") - before < limit + 10_000_000
 
 
+@pytest.mark.xla
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not let us reset the peak")
+def test_a_load_onto_xla_holds_the_model_once_and_the_limit_beside_it(checkpoint: Checkpoint) -> None:
+    """XLA's CPU has the device's memory in the host's; what it frees must leave the process not to count."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
+    device, limit = pytest.importorskip("torch_xla").device(), 64 * MIB
+    deliver_all(checkpoint, limit)  # what is allocated once
+    torch.zeros(1, device=device).cpu()
+    with torch.device("meta"):
+        model = Merged(LAYER_BYTES // 4096)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = resident_bytes("VmRSS")
+    report = load_weights(model, checkpoint, torch.float32, device, False, LoadOptions(memory=limit, readers=8))
+    held = resident_bytes("VmHWM") - before - NUM_LAYERS * LAYER_BYTES
+    assert all(parameter.device.type == "xla" for parameter in model.parameters())
+    assert 2 * LAYER_BYTES <= report.peak_host_bytes <= limit
+    assert held < limit + 10_000_000
+
+
 def least_limit(checkpoint: Checkpoint) -> int:
     """With which one tensor is open at a time."""
     with pytest.raises(
@@ -216,6 +284,19 @@ def least_limit(checkpoint: Checkpoint) -> int:
 
 def test_a_tensor_that_does_not_fit_is_refused_with_the_limit_that_will_do(checkpoint: Checkpoint) -> None:
     deliver_all(checkpoint, least_limit(checkpoint))
+
+
+def test_what_is_put_together_on_a_gpu_is_not_within_the_hosts_limit(checkpoint: Checkpoint) -> None:
+    """It is few at once all the same: the whole model does not fit a GPU of several."""
+    with torch.device("meta"):
+        model = Merged(LAYER_BYTES // 4096)
+    placements, _ = place(model, checkpoint.tensors)
+    device, options, sizes = torch.device("cuda"), LoadOptions(memory=64 * MIB), parameter_bytes(model, torch.float32)
+    deliver = Deliver(lambda name, tensor: tensor)
+    found = plan_load(checkpoint, placements, device, WHOLE, options, None, deliver, sizes)
+    assert found.staging == 64 * MIB
+    assert found.opening is not None
+    assert found.open_bytes == found.opening.most_bytes + ROOM_BYTES
 
 
 def test_readers_that_wait_for_room_are_not_taken_for_hanging(

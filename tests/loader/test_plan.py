@@ -22,7 +22,6 @@ from torchinfer.loader.plan import (
     SMALLEST_EXTENT_BYTES,
     Extent,
     choose_memory,
-    copied_bytes,
     extent_bytes,
     needed_memory,
     plan_extents,
@@ -129,14 +128,6 @@ def test_what_a_tensor_becomes_is_in_the_limit_too() -> None:
     choose_memory(extents, 6 * MIB + other, other)
     with pytest.raises(ConfigError, match=f"needs {6 * MIB + other} bytes of it at once, {other} of them for what"):
         choose_memory(extents, 6 * MIB + other - 1, other)
-
-
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, 4_400_000), (torch.float64, 8_800_000)])
-def test_copies_are_those_of_an_extent_in_the_larger_of_both_dtypes(dtype: torch.dtype, expected: int) -> None:
-    tensors = entries((1000, 1000), (100, 1000), (1000, 1100))
-    placements = whole(tensors)
-    extents = plan_extents({name: placements[name] for name in ("s0", "s1")}, tensors, 1 << 30)
-    assert copied_bytes(extents, placements, dtype) == expected
 
 
 def test_without_a_limit_it_is_the_usual_one_or_as_much_as_is_needed() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from torchinfer.loader.folder import FolderSource
+from torchinfer.loader.options import PROBE_BYTES, LoadOptions
 from torchinfer.loader.tuning import (
     CACHED_RATE,
     PROBE_EXTENTS,
@@ -141,3 +144,10 @@ def test_storage_may_refuse() -> None:
     choice = DirectChoice(True)
     choice.refuse()
     assert choice.next() is False
+
+
+def test_what_several_processes_read_is_not_read_around_the_page_cache_unless_it_is_asked_for(tmp_path: Path) -> None:
+    source = FolderSource(tmp_path)
+    assert LoadOptions().direct_choice(source, PROBE_BYTES).choice is None
+    assert LoadOptions().direct_choice(source, PROBE_BYTES, is_read_by_several=True).choice is False
+    assert LoadOptions(direct=True).direct_choice(source, PROBE_BYTES, is_read_by_several=True).choice is True

@@ -4,10 +4,10 @@ A tensor that is quantized on the way fills several tensors of its matrix, with 
 
 cpu     read straight into the parameter where dtype and layout allow, else converted from staging memory
 cuda    copied from pinned staging memory on a stream of its own (device_copies.py); converted on the device
-xla     an XLA tensor is not written in parts: the pieces go to the device and are put together there
 
-With `delivery` tensors are put together on the CPU, and each is handed over as soon as it is complete, so that no more
-of the model is in the host's memory than what is being put together (opening.py).
+With `delivery` each is handed over as soon as it is complete, so that no more of the model is in memory here than what
+is being put together (opening.py): what several processes or chips divide, and what goes to XLA, whose tensors are not
+written in parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from torchinfer.device import dtype_name, flush, release_memory
+from torchinfer.device import dtype_name, release_memory
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader.device_copies import DeviceCopies
 from torchinfer.loader.memory import Slabs, allocate, padded
@@ -67,7 +67,6 @@ class Assembly:
         pieces = (piece for extent in extents for piece in extent.pieces if not piece.is_filler)
         self._remaining = Counter(placements[piece.entry.name].parameter for piece in pieces)
         self._open: dict[str, Tensor] = {}
-        self._parts: dict[str, list[tuple[int, Tensor]]] = {}  # XLA: (first of the parameter's values, the values)
         self._scales = _scales(model)
         tensors = [tensor for parameter in self._remaining for tensor in self._tensors_of(parameter)]
         self._slabs = Slabs(sum(padded(self._num_bytes(tensor)) for tensor in tensors))
@@ -118,23 +117,19 @@ class Assembly:
             value = value.narrow(cut.dim, cut.start, cut.stop - cut.start)
         if placement.matrix is None:
             _check_range(piece.entry.name, value, self._dtype_of(placement.parameter))
-            self._place(placement.parameter, piece, value)
+            self._destination(placement.parameter, piece).copy_(value, non_blocking=True)
             return
         self._pack(placement, placement.matrix, piece, value)
 
     def _pack(self, placement: Placement, matrix: QuantizedMatrix, piece: Piece, value: Tensor) -> None:
-        """Quantize a piece's numbers: into their place, or for the way to an XLA device."""
+        """Quantize a piece's numbers into their place."""
         blocks = {}
         for tensor, spec in matrix.specs.items():
             assert spec.row_block is not None, "what belongs to no rows cannot be packed in rows"
             blocks[tensor] = spec.row_block
         name = placement.parameter
-        if self._device.type != "xla":
-            places = {tensor: self._destination(f"{name}.{tensor}", piece, block) for tensor, block in blocks.items()}
-            placement.pack(value, places)
-            return
-        for tensor, packed in placement.pack(value).items():
-            self._send(f"{name}.{tensor}", piece, packed, blocks[tensor], is_new=True)
+        places = {tensor: self._destination(f"{name}.{tensor}", piece, block) for tensor, block in blocks.items()}
+        placement.pack(value, places)
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
@@ -145,7 +140,7 @@ class Assembly:
             self._remaining[parameter] -= 1
             if self._remaining[parameter] == 0:
                 for tensor in self._tensors_of(parameter):
-                    self._assign(tensor, self._take(tensor))
+                    self._assign(tensor, self._open.pop(tensor))
                 if self._delivery is not None:
                     self._delivery.tensors.close(parameter)
 
@@ -153,8 +148,6 @@ class Assembly:
         """Until all that was put has left the host's memory."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        elif self._device.type == "xla":
-            flush(self._device)
 
     def release(self, buffer: Tensor, give_back: Callable[[Tensor], None]) -> None:
         """Give a buffer back when all that was put has left it: now, or in a later `collect`."""
@@ -170,7 +163,7 @@ class Assembly:
             self._copies.collect()
 
     def finish(self) -> None:
-        """Assign parameters without values and move the buffers that no checkpoint has; see that nothing is left."""
+        """Assign parameters without values; see that nothing is left."""
         if self._copies is not None:
             self.wait()
             self._copies.collect()
@@ -180,10 +173,6 @@ class Assembly:
             for tensor in self._tensors_of(parameter):
                 self._assign(tensor, torch.empty(self._empty[tensor].shape, dtype=self._dtype_of(tensor)))
         assert not self._open and not any(self._remaining.values()), "place() lists every tensor"
-        if self._delivery is None:
-            for module in self._model.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    setattr(module, name, buffer.to(self._device))
         left = [name for name, tensor in self._model.state_dict(keep_vars=True).items() if tensor.is_meta]
         assert not left, f"nothing filled {left}"
 
@@ -195,13 +184,6 @@ class Assembly:
 
     def _tensors_of(self, parameter: str) -> list[str]:
         return self._tensors.get(parameter, [parameter])
-
-    def _place(self, parameter: str, piece: Piece, value: Tensor) -> None:
-        """Bring a piece's numbers to their place."""
-        if self._device.type == "xla":
-            self._send(parameter, piece, value)
-        else:
-            self._destination(parameter, piece).copy_(value, non_blocking=True)
 
     def _destination(self, tensor: str, piece: Piece, row_block: int = 1) -> Tensor:
         """The view of the tensor that the piece fills; it is allocated when it is first asked for. The tensor has a row
@@ -230,20 +212,6 @@ class Assembly:
                 "memory, a smaller dtype, or a smaller model"
             ) from error
 
-    def _send(self, tensor: str, piece: Piece, value: Tensor, row_block: int = 1, is_new: bool = False) -> None:
-        """Keep a piece on the XLA device. What is not `is_new` is copied first: the transfer may read it later."""
-        placement = self._placements[piece.entry.name]
-        host = value.to(self._dtype_of(tensor), copy=not is_new).contiguous()
-        if tensor in self._scales:
-            check_scale(piece.entry.name, host)
-        numbers = torch.arange(self._empty[tensor].numel(), device="meta")
-        destination = placement.part(numbers.view(self._empty[tensor].shape), row_block)
-        first = int(destination.storage_offset())
-        if placement.convert is None:
-            rows = piece.first_row - _first_row(placement, piece)
-            first += rows // row_block * math.prod(destination.shape[1:])
-        self._parts.setdefault(tensor, []).append((first, host.view(-1).to(self._device)))
-
     def _check_scales(self, parameter: str, value: Tensor) -> None:
         """All at once; the tensor is named only where that fails, because there may be thousands."""
         try:
@@ -254,14 +222,8 @@ class Assembly:
                     check_scale(name, placement.part(value))
             raise
 
-    def _take(self, parameter: str) -> Tensor:
-        if self._device.type != "xla":
-            return self._open.pop(parameter)
-        parts = [part for _, part in sorted(self._parts.pop(parameter), key=lambda part: part[0])]
-        return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(self._empty[parameter].shape)
-
     def _assign(self, parameter: str, value: Tensor) -> None:
-        if parameter in self._scales and self._device.type != "xla":
+        if parameter in self._scales:
             self._check_scales(parameter, value)
         value = value.to(self._device) if self._delivery is None else self._delivery.deliver.send(parameter, value)
         if isinstance(self._empty[parameter], nn.Parameter):
@@ -289,10 +251,6 @@ def _convert(name: str, convert: Callable[[Tensor], Tensor], value: Tensor) -> T
         return convert(value)
     except ValueError as error:
         raise CheckpointError(f"tensor {name!r} has {error}") from error
-
-
-def _first_row(placement: Placement, piece: Piece) -> int:
-    return placement.rows_of(piece.entry.shape)[0] if piece.entry.shape else 0
 
 
 def _check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:

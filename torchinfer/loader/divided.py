@@ -14,11 +14,9 @@ from torchinfer.loader.assembly import parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
 from torchinfer.loader.opening import Deliver
 from torchinfer.loader.options import LoadOptions
-from torchinfer.loader.weights import build_empty, load_weights
+from torchinfer.loader.weights import HOST, build_empty, load_weights
 from torchinfer.models.config import ModelConfig
 from torchinfer.parallel import DividedModel, Shard, divide, tensors_of
-
-HOST = torch.device("cpu")
 
 
 def load_divided(

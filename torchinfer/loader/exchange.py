@@ -8,6 +8,8 @@ next in order waits for. So nothing waits in a circle:
 
 - a process enters the next round whatever its readers do; between two rounds it only places what has been read;
 - memory to receive into is set aside before the readers start: no transfer waits for staging memory;
+- where few tensors may be open at once, a reader waits for that before it has staging memory, and what is received has
+  room (opening.py);
 - so an extent that was read is sent, and its staging memory given back, after rounds that all processes enter.
 
 Tensors are sent in the dtype of the file and converted by those who receive them. That is the model's dtype in almost
@@ -30,12 +32,13 @@ from torch import Tensor
 from torchinfer.errors import CheckpointError
 from torchinfer.loader.assembly import Assembly
 from torchinfer.loader.memory import Staging
+from torchinfer.loader.opening import OpenTensors
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import Piece
 from torchinfer.loader.readers import Filled
 from torchinfer.loader.retry import Stopped
 from torchinfer.loader.rounds import DONE, NOTHING, Rounds
-from torchinfer.loader.sharing import SharedExtent, SharedPlan, column_cut, cut_of, num_parts
+from torchinfer.loader.sharing import SharedExtent, SharedPlan, column_cut, cut_of, num_parts, rows_of
 from torchinfer.parallel import Shard
 
 logger = logging.getLogger(__name__)
@@ -57,6 +60,7 @@ class Exchange:
     assembly: Assembly
     staging: Staging
     device: torch.device
+    tensors: OpenTensors | None = None  # those that are put together, where they are few at once
     num_received: int = 0  # bytes
     _lane: Tensor = field(init=False)  # uint8 host memory for one piece
     _index: dict[tuple[str, int], int] = field(init=False)  # shard and begin of an extent -> its place in the plan
@@ -84,7 +88,11 @@ class Exchange:
 
     def place_of(self, piece: Piece) -> Tensor | None:
         """As the assembly's, but what is sent to others stays in staging memory until then. For any thread."""
-        return None if piece.entry.name in self._names else self.assembly.place_of(piece)
+        if piece.entry.name not in self._names:
+            return self.assembly.place_of(piece)
+        if self.tensors is not None:
+            self.tensors.enter(piece)
+        return None
 
     def offer(self, filled: Filled) -> bool:
         """Take an extent that has been read, if it is a shared one."""
@@ -155,37 +163,46 @@ class Exchange:
             if self._is_on_device:
                 content = content.to(self.device, non_blocking=True)
             parts = self._parts(piece, content, others)
-            self._talk([self._operation(dist.isend, part, rank) for rank, part in zip(others, parts, strict=True)])
-            self._put(piece, content, is_part=False)
+            self._talk([self._operation(dist.isend, part, rank) for rank, part in parts])
+            rows = self._rows(piece, self.rounds.shard.rank)
+            self._put(piece, rows, _bytes_of(rows, piece, content) if rows else None, is_part=False)
         assert filled.buffer is not None
         self.staging.give_back(filled.buffer)
 
     def _receive(self, item: SharedExtent) -> None:
+        if self.tensors is not None and self._error is None:
+            self.tensors.receive(item.extent)
         for piece in item.extent.pieces:
-            cut = column_cut(self.placements[piece.entry.name])
-            num_bytes = piece.num_bytes // num_parts(cut, piece.entry) if cut else piece.num_bytes
-            part = self._space(num_bytes)
-            self._talk([self._operation(dist.irecv, part, item.owner)])
-            self.num_received += num_bytes
-            self._put(piece, part, is_part=True)
+            rows, cut = self._rows(piece, self.rounds.shard.rank), column_cut(self.placements[piece.entry.name])
+            part = None
+            if rows is not None:
+                part = self._space(rows.num_bytes // num_parts(cut, piece.entry) if cut else rows.num_bytes)
+                self._talk([self._operation(dist.irecv, part, item.owner)])
+                self.num_received += len(part)
+            self._put(piece, rows, part, is_part=True)
 
-    def _put(self, piece: Piece, content: Tensor, is_part: bool) -> None:
-        """Bring a piece to its place. An error waits until all transfers of the round are done: others take part in
-        them and would wait for ever."""
+    def _put(self, piece: Piece, rows: Piece | None, content: Tensor | None, is_part: bool) -> None:
+        """Bring this process's rows of a piece to their place, if it has some. An error waits until all transfers of
+        the round are done: others take part in them and would wait for ever."""
         if self._error is not None:
             return
         try:
-            self.assembly.put(piece, content, is_part)
+            if rows is not None and content is not None:
+                self.assembly.put(rows, content, is_part)
             self.assembly.complete([piece])
             self.assembly.wait()
         except Exception as error:  # of any kind: `_end_round` raises it
             self._error = error
 
-    def _parts(self, piece: Piece, content: Tensor, others: list[int]) -> list[Tensor]:
-        """What each of the others gets of a piece: uint8 [num_bytes], contiguous."""
+    def _rows(self, piece: Piece, rank: int) -> Piece | None:
+        return rows_of(piece, self.placements[piece.entry.name], Shard(rank, self.rounds.shard.world))
+
+    def _parts(self, piece: Piece, content: Tensor, others: list[int]) -> list[tuple[int, Tensor]]:
+        """What each of the others gets of a piece: uint8 [num_bytes], contiguous; nothing for some."""
         placement = self.placements[piece.entry.name]
         if column_cut(placement) is None:
-            return [content] * len(others)
+            found = [(rank, self._rows(piece, rank)) for rank in others]
+            return [(rank, _bytes_of(rows, piece, content)) for rank, rows in found if rows is not None]
         value = content.view(piece.entry.dtype).view(piece.shape)
         space = self._space(piece.num_bytes)
         parts = []
@@ -197,7 +214,7 @@ class Exchange:
             first = cut.start // (cut.stop - cut.start) * num_bytes
             part = space[first : first + num_bytes]
             part.view(piece.entry.dtype).view(columns.shape).copy_(columns)
-            parts.append(part)
+            parts.append((rank, part))
         return parts
 
     @property
@@ -214,6 +231,8 @@ class Exchange:
         return dist.P2POp(kind, part, group=self.rounds.peers.group, group_peer=rank)
 
     def _talk(self, operations: list[dist.P2POp]) -> None:
+        if not operations:
+            return
         with self.rounds.talking():
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
@@ -228,3 +247,9 @@ class Exchange:
             logger.info("gave up: %s", answer)
         else:
             self.rounds.tell(self._error)
+
+
+def _bytes_of(rows: Piece, piece: Piece, content: Tensor) -> Tensor:
+    """Of some rows of a piece, uint8 [num_bytes], a view."""
+    start = rows.offset - piece.offset
+    return content[start : start + rows.num_bytes]

@@ -1,10 +1,16 @@
-"""Tensors that are put together on the host and leave it when they are whole: few at once, within a limit.
+"""Tensors that are put together whole and handed over then, so that their memory is free again: few at once, within a
+limit.
 
-    extents   begin in the order of the plan, each when what it opens has room beside what is open
+    extents   begin when what they open has room, beside what is open and what the extents before them in the order open
     tensors   are open from the first extent that has a piece of them until they were handed over
 
 Nobody waits for ever: when all that began is done, what is open is what the order leaves open at that place, and the
 limit is at least the most of that. So the next extent has room then.
+
+Processes that exchange all extents (exchange.py) have one order and one limit. Each begins those that it reads; what
+comes before them in the order counts as begun, whoever reads it. One that is received has room without waiting: it had
+it in the process that read it, and when that began it, at most what is whole here by now was whole there. And the first
+extent in the order that has not begun is begun by its reader, when all before it have been sent.
 """
 
 from __future__ import annotations
@@ -97,7 +103,7 @@ def _cut(extents: Sequence[Extent], parameter_of: Mapping[str, str], num_bytes: 
 
 @dataclass(slots=True)
 class OpenTensors:
-    """Lets extents begin; `enter` is for any thread, `close` for one."""
+    """Lets extents begin; `enter` is for any thread, the others for one."""
 
     plan: OpeningPlan
     limit: int  # bytes, not less than the plan's `most_bytes`
@@ -119,20 +125,32 @@ class OpenTensors:
         """
         index = self._index.get((piece.entry.shard, piece.offset), -1)
         with self._condition:
-            while index >= self._num_begun:
+            while not self._begin(index):
                 if self.stop.is_set():
                     raise Stopped
-                wanted = self._open | self.plan.parameters[index]
-                num_bytes = sum(self.plan.num_bytes[name] for name in wanted)
-                if index == self._num_begun and num_bytes <= self.limit:
-                    self._num_begun, self._open = index + 1, wanted
-                    self.peak = max(self.peak, num_bytes)
-                    self._condition.notify_all()
-                    return
                 self._condition.wait(0.1)
 
+    def receive(self, extent: Extent) -> None:
+        """Note that another process has begun an extent."""
+        with self._condition:
+            has_room = self._begin(self._index[extent.shard, extent.begin])
+            assert has_room, f"{extent.shard} at {extent.begin} had room in another process, and has none in this one"
+
+    def _begin(self, index: int) -> bool:
+        """Open what the extents to this place open, if it has room."""
+        if index < self._num_begun:
+            return True
+        wanted = self._open.union(*self.plan.parameters[self._num_begun : index + 1])
+        num_bytes = sum(self.plan.num_bytes[name] for name in wanted)
+        if num_bytes > self.limit:
+            return False
+        self._num_begun, self._open = index + 1, wanted
+        self.peak = max(self.peak, num_bytes)
+        self._condition.notify_all()
+        return True
+
     def close(self, parameter: str) -> None:
-        """Note that a parameter has left the host."""
+        """Note that a parameter has been handed over."""
         with self._condition:
             self._open.discard(parameter)
             self._condition.notify_all()

@@ -40,9 +40,11 @@ class LoadOptions:
             first, most = FIRST_NETWORK_READERS, MOST_NETWORK_READERS
         return self.readers or first, self.readers or most
 
-    def direct_choice(self, source: Source, num_bytes: int) -> DirectChoice:
-        """Whether to read around the page cache, for a load of so many bytes."""
-        is_pointless = source.kind == "gs" or (self.direct is None and num_bytes < PROBE_BYTES)
+    def direct_choice(self, source: Source, num_bytes: int, is_read_by_several: bool = False) -> DirectChoice:
+        """Whether to read around the page cache, for a load of so many bytes; not where several processes read the same
+        of themselves, so that the storage gives it to the first of them only."""
+        is_small = num_bytes < PROBE_BYTES or is_read_by_several
+        is_pointless = source.kind == "gs" or (self.direct is None and is_small)
         return DirectChoice(False if is_pointless else self.direct)
 
 

@@ -188,18 +188,6 @@ def temporary_bytes(placements: Mapping[str, Placement], tensors: Mapping[str, T
     return max((placement.temporary_bytes(tensors[name]) for name, placement in placements.items()), default=0)
 
 
-def copied_bytes(extents: Iterable[Extent], placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
-    """Host memory that copies of an extent's tensors take at most, as they become in a model of `dtype`."""
-    return max((sum(_copied(piece, placements, dtype) for piece in extent.pieces) for extent in extents), default=0)
-
-
-def _copied(piece: Piece, placements: Mapping[str, Placement], dtype: torch.dtype) -> int:
-    if piece.is_filler:
-        return 0
-    numbers = piece.num_bytes // piece.entry.dtype.itemsize
-    return max(piece.num_bytes, numbers * dtype.itemsize, placements[piece.entry.name].result_bytes)
-
-
 def _wanted(entry: TensorEntry, placement: Placement) -> Piece:
     """What is needed of a tensor, as one piece."""
     if not entry.shape or placement.convert is not None:

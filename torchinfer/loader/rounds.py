@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader.retry import Stopped
+from torchinfer.loader.sharing import NARROW_BYTES
 from torchinfer.parallel import Shard
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Peers:
 
     group: dist.ProcessGroup  # with the ranks of the shards, and gloo for the CPU; NCCL is used where it has it
     block_bytes: int | None = None  # length of what is sent at once; None: as extents are
-    smallest_bytes: int = 1 << 20  # of a tensor without columns to cut; a smaller one is read by everybody
+    narrow_bytes: int = NARROW_BYTES  # rows of a tensor that are fewer are not read by their process alone
 
 
 def find_peers(shard: Shard, peers: Peers | None) -> Peers | None:

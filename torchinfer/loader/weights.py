@@ -9,11 +9,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from torchinfer.device import synchronize
 from torchinfer.errors import CheckpointError, ConfigError, raise_all
 from torchinfer.loader.assembly import Assembly, Delivery, check_scale, parameter_bytes
 from torchinfer.loader.checkpoint import Checkpoint
@@ -39,6 +41,7 @@ from torchinfer.parallel import WHOLE, Shard
 
 logger = logging.getLogger(__name__)
 
+HOST = torch.device("cpu")
 COPY_POLL_SECONDS = 0.002  # in which copies to a device are looked after while nothing was read
 
 
@@ -136,7 +139,8 @@ def load_weights(
     the model has the shapes of one process, and only its part is read. Each byte is read once. A model whose load
     failed is unusable. Where processes may exchange what several of them need (exchange.py), all of them call this with
     the same options, and an error in one is an error in all; `peers` are those of the default group if it fits. With
-    `deliver` parameters are put together on the host, `device`, and handed over.
+    `deliver` the model is the whole one in every process: its parameters are put together on `device`, few at once
+    (opening.py), and handed over. So it is for XLA, without a `shard`: on the host, and each is sent when it is whole.
 
     Raises:
         CheckpointError: before any data is read, with all missing, unexpected and unfit tensors; later if a file ends
@@ -146,14 +150,36 @@ def load_weights(
         DeviceError: the device's memory does not suffice.
     """
     start = time.perf_counter()
-    load = _prepare(model, checkpoint, dtype, device, options, shard, peers, smoothing, deliver)
+    assert device.type != "xla" or shard.world == 1, "several chips are one process's: divided.py"
+    assembled_on = HOST if device.type == "xla" else device
+    load = _prepare(model, checkpoint, dtype, assembled_on, options, shard, peers, smoothing, deliver or _sent(device))
     is_shown = progress and sys.stderr.isatty()
     load.run(is_shown)
+    if deliver is None:
+        _move_buffers(model, device)
     report = load.report(time.perf_counter() - start)
     logger.info("%s", report)
     if is_shown:
         print(report, file=sys.stderr)
     return report
+
+
+def _sent(device: torch.device) -> Deliver | None:
+    """To XLA, whose tensors are not written in parts."""
+    return Deliver(partial(_put, device)) if device.type == "xla" else None
+
+
+def _put(device: torch.device, name: str, tensor: Tensor) -> Tensor:
+    found = tensor.to(device)
+    synchronize(device)  # or what is on its way would stay on the host, beyond any limit
+    return found
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Those that no checkpoint has, too."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +194,7 @@ class _Load:
     assembly: Assembly
     delivery: Delivery | None
     exchange: Exchange | None
+    is_on_host: bool
 
     def run(self, is_shown: bool) -> None:
         """Read all, and give the model its parameters."""
@@ -180,7 +207,7 @@ class _Load:
 
     def report(self, seconds: float) -> LoadReport:
         """After `run`."""
-        readers, open_bytes = self.readers, self.delivery.tensors.peak if self.delivery else 0
+        readers, open_bytes = self.readers, self.delivery.tensors.peak if self.delivery and self.is_on_host else 0
         return LoadReport(
             seconds=seconds,
             num_bytes=self.plan.num_bytes,
@@ -210,18 +237,17 @@ def _prepare(
     may_meet = peers is not None and shard.world > 1 and may_exchange(checkpoint.source, options)
     rounds = Rounds(shard, peers) if peers is not None and may_meet else None
     with rounds.preparing() if rounds is not None else contextlib.nullcontext():
-        placements = _placements(model, checkpoint, shard, smoothing)
-        has_copies = device.type == "xla" or deliver is not None
-        plan = plan_load(checkpoint, placements, dtype, device, shard, options, peers, has_copies)
-        if deliver is not None:
-            plan = plan.with_opening(placements, parameter_bytes(model, dtype), deliver, options.memory)
+        placements = _placements(model, checkpoint, shard if deliver is None else WHOLE, smoothing)
+        is_on_host = device.type == "cpu"
+        sizes = parameter_bytes(model, dtype)
+        plan = plan_load(checkpoint, placements, device, shard, options, peers, deliver, sizes)
         source = CountedSource(checkpoint.source)
-        readers = _readers(replace(checkpoint, source=source), plan, options, device)
+        readers = _readers(replace(checkpoint, source=source), plan, options, device, shard)
         delivery = _delivery(plan, deliver, readers)
         assembly = Assembly(model, placements, [*plan.extents, *plan.shared.received], dtype, device, delivery)
         readers.place_of, readers.relocate = assembly.place_of, assembly.relocate
-        exchange = _exchange(plan, rounds, placements, assembly, readers, device)
-    return _Load(checkpoint, placements, plan, source, readers, assembly, delivery, exchange)
+        exchange = _exchange(plan, rounds, placements, assembly, readers, delivery, device)
+    return _Load(checkpoint, placements, plan, source, readers, assembly, delivery, exchange, is_on_host)
 
 
 def _placements(
@@ -244,16 +270,21 @@ def _exchange(
     placements: Mapping[str, Placement],
     assembly: Assembly,
     readers: Readers,
+    delivery: Delivery | None,
     device: torch.device,
 ) -> Exchange | None:
     if rounds is None or not plan.shared.items:
         return None
-    exchange = Exchange(plan.shared, rounds, placements, assembly, readers.staging, device)
+    tensors = delivery.tensors if delivery is not None else None
+    exchange = Exchange(plan.shared, rounds, placements, assembly, readers.staging, device, tensors)
     readers.place_of, readers.poll_seconds = exchange.place_of, EXCHANGE_POLL_SECONDS
     return exchange
 
 
-def _readers(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions, device: torch.device) -> Readers:
+def _readers(
+    checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions, device: torch.device, shard: Shard
+) -> Readers:
+    is_read_by_several = shard.world > 1 and not plan.shared.items
     return Readers(
         source=checkpoint.source,
         stats=checkpoint.stats,
@@ -261,7 +292,7 @@ def _readers(checkpoint: Checkpoint, plan: LoadPlan, options: LoadOptions, devic
         staging=Staging(plan.staging, device.type == "cuda"),
         place_of=lambda piece: None,
         count=ReaderCount(plan.first_readers, plan.most_readers),
-        direct=options.direct_choice(checkpoint.source, plan.num_bytes),
+        direct=options.direct_choice(checkpoint.source, plan.num_bytes, is_read_by_several),
         checksums=Checksums(read_sums(checkpoint.source, checkpoint.stats)) if options.verify else None,
         poll_seconds=COPY_POLL_SECONDS if device.type == "cuda" else POLL_SECONDS,
     )
