@@ -230,11 +230,12 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             qkv, down = (quantized("int8_w8a8", (64, columns), device) for columns in (size, inner))
             reals = torch.full((rows,), 0.9, device=device)
             params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
+            logits = torch.ones(rows, 32 * size, device=device)
             calls: dict[str, Callable[[], object]] = {
                 "rms_norm": lambda: rms_norm(x, x[0], 1e-6, 0.0),
                 "rotary_embedding": lambda: rotary_embedding(heads, angles, angles, False),
                 "gated_activation": lambda: gated_activation(x, "silu"),
-                "sample": lambda: sample(x.float(), params, True),
+                "sample": lambda: sample(logits, params, True),
                 "linear_of_norm": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv),
                 "linear_of_gated": lambda: linear_of_gated(wide, "silu", down),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),
