@@ -70,7 +70,7 @@ def static_cases() -> list[Case]:
     gate_up = ("8b-gate_up", *LINEAR["8b-gate_up"])
     cases += [linear_case(*gate_up, s, n) for s in ("int4_zero", "int4_w4a8") for n in (1, 4096)]
     cases += [linear_case(*gate_up, "fp8_w8a8", n) for n in (1, 64)]
-    return [*cases, *float32_cases(), *glue_cases(4096)]
+    return [*cases, *float32_cases(), *glue_cases(4096), *(rotate_case(16, name) for name in FEWER_BITS)]
 
 
 def float32_cases() -> list[Case]:
@@ -84,7 +84,7 @@ def tiny_cases() -> list[Case]:
     """A case of each kind that an interpreter can run."""
     cases = [decode_case(2, 70, 32, "int8", heads=2, kv_heads=1), chunk_case(20, 32, "bf16", heads=2, kv_heads=1)]
     cases += [linear_case("tiny", 40, 128, scheme, 3) for scheme in ("int8", "int4", "int8_w8a8", "int4_zero")]
-    return [*cases, grouped_case(2, 40, 128, "bf16", 5), *glue_cases(64)]
+    return [*cases, grouped_case(2, 40, 128, "bf16", 5), *glue_cases(64), rotate_case(3, "int8", 5, 1, 32)]
 
 
 def decode_case(rows: int, length: int, size: int, cache: str, heads: int = 32, kv_heads: int = 8) -> Case:
@@ -186,6 +186,26 @@ def prepared(scheme: str, shape: tuple[int, ...], device: str) -> Any:
     return prepare(weight, may_overwrite=True) or weight
 
 
+def rotate_case(rows: int, cache: str, heads: int = 32, kv_heads: int = 8, size: int = 128) -> Case:
+    """Rotation and cache of one token of each row."""
+
+    def make(device: str) -> Callable[[], object]:
+        from torchinfer.kernels.cuda.rotate_and_write import rotate_and_write
+
+        qkv = torch.ones(rows, heads + 2 * kv_heads, size, device=device).bfloat16()
+        query_key, value = qkv.tensor_split((heads + kv_heads,), 1)
+        angles = torch.ones(rows, size // 2, device=device)
+        slot = torch.arange(rows, device=device, dtype=torch.int32)
+        shape = (2, -(-rows // 16), 16, kv_heads)
+        scale = torch.zeros(shape, device=device) if CACHES[cache].itemsize == 1 else None
+        kv_cache = KVCache(torch.zeros((*shape, size), dtype=CACHES[cache], device=device), scale)
+        return lambda: rotate_and_write(query_key, value, angles, angles, False, kv_cache, slot)
+
+    bytes_of_key = size * CACHES[cache].itemsize + (4 if CACHES[cache].itemsize == 1 else 0)
+    num_bytes = rows * (2 * size * (2 * heads + 2 * kv_heads) + 2 * kv_heads * bytes_of_key)
+    return Case(f"glue rotate_and_write {cache} {rows} rows", make, num_bytes, 0, "bf16")
+
+
 def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
     """What lies between the products of a layer with `size` numbers a token."""
 
@@ -210,11 +230,12 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             qkv, down = (quantized("int8_w8a8", (64, columns), device) for columns in (size, inner))
             reals = torch.full((rows,), 0.9, device=device)
             params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
+            logits = torch.ones(rows, 32 * size, device=device)
             calls: dict[str, Callable[[], object]] = {
                 "rms_norm": lambda: rms_norm(x, x[0], 1e-6, 0.0),
                 "rotary_embedding": lambda: rotary_embedding(heads, angles, angles, False),
                 "gated_activation": lambda: gated_activation(x, "silu"),
-                "sample": lambda: sample(x.float(), params, True),
+                "sample": lambda: sample(logits, params, True),
                 "linear_of_norm": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv),
                 "linear_of_gated": lambda: linear_of_gated(wide, "silu", down),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),

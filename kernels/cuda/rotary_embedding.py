@@ -23,10 +23,7 @@ def rotary_embedding(
     if x.dtype not in DTYPES or not x.numel() or not cos.numel():
         return reference(x, cos, sin, is_interleaved)
     x, cos, sin = with_dense_columns(x), cos.contiguous(), sin.contiguous()
-    is_fit = x.ndim == 3 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) == len(x)
-    is_fit = is_fit and 2 * cos.shape[1] <= x.shape[2] and cos.dtype == sin.dtype == torch.float32
-    is_fit = is_fit and x.device == cos.device == sin.device
-    require(is_fit, "rotary_embedding takes x [T, heads, D], cos and sin float32 [T, F]", x, cos, sin)
+    require_angles(x, cos, sin)
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_tokens, num_heads, size = x.shape
     block_size = triton.next_power_of_2(size)
@@ -48,6 +45,14 @@ def rotary_embedding(
     return result
 
 
+def require_angles(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Refuse heads and angles that do not fit together."""
+    is_fit = x.ndim == 3 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) == len(x)
+    is_fit = is_fit and 2 * cos.shape[1] <= x.shape[2] and cos.dtype == sin.dtype == torch.float32
+    is_fit = is_fit and x.device == cos.device == sin.device
+    require(is_fit, "rotary_embedding takes x [T, heads, D], cos and sin float32 [T, F]", x, cos, sin)
+
+
 @triton.jit
 def rotary_kernel(
     x: tl.tensor,  # [T, heads, D]
@@ -63,11 +68,29 @@ def rotary_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
-    """A program rotates BLOCK_HEADS heads of a token. A pair's other number is a second read, from the cache."""
+    """A program rotates BLOCK_HEADS heads of a token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     column = tl.arange(0, BLOCK_SIZE)
     is_there = (head < num_heads)[:, None] & (column < size)[None, :]
+    rows = x + token * stride_token + head[:, None] * stride_head
+    angles = token * num_angles
+    rotated = rotate(rows, is_there, column, cos + angles, sin + angles, num_angles, IS_INTERLEAVED)
+    place = result + (token * num_heads + head[:, None]) * size + column[None, :]
+    tl.store(place, rotated.to(result.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def rotate(
+    rows: tl.tensor,  # [heads, 1]: where the heads of a token begin
+    is_there: tl.tensor,  # [heads, D]
+    column: tl.tensor,  # [D]
+    cos: tl.tensor,  # [F], the token's
+    sin: tl.tensor,  # [F]
+    num_angles: tl.tensor,
+    IS_INTERLEAVED: tl.constexpr,
+) -> tl.tensor:  # [heads, D] float32
+    """Rotated heads, zeros where nothing is. A pair's other number is a second read, from the cache."""
     is_rotated = column < 2 * num_angles
     if IS_INTERLEAVED:
         is_first = column % 2 == 0
@@ -76,12 +99,9 @@ def rotary_kernel(
         is_first = column < num_angles
         partner, angle = tl.where(is_first, column + num_angles, column - num_angles), column % num_angles
     # Numbers that pass through are rotated by nothing.
-    cosine = tl.load(cos + token * num_angles + angle, mask=is_rotated, other=1.0)
-    sine = tl.load(sin + token * num_angles + angle, mask=is_rotated, other=0.0)
+    cosine = tl.load(cos + angle, mask=is_rotated, other=1.0)
+    sine = tl.load(sin + angle, mask=is_rotated, other=0.0)
     sine = tl.where(is_first, -sine, sine)
-    rows = x + token * stride_token + head[:, None] * stride_head
     own = tl.load(rows + column[None, :], mask=is_there, other=0.0).to(tl.float32)
     other = tl.load(rows + partner[None, :], mask=is_there & is_rotated[None, :], other=0.0).to(tl.float32)
-    rotated = own * cosine[None, :] + other * sine[None, :]
-    place = result + (token * num_heads + head[:, None]) * size + column[None, :]
-    tl.store(place, rotated.to(result.dtype.element_ty), mask=is_there)
+    return own * cosine[None, :] + other * sine[None, :]

@@ -35,11 +35,7 @@ def write_kv_pages(
         reference(key, value, kv_cache, slot)
         return
     key, value, slot = with_dense_columns(key), with_dense_columns(value), slot.contiguous()
-    is_fit = key.ndim == 3 and key.shape == value.shape and key.dtype == value.dtype and data.ndim == 5
-    is_fit = is_fit and data.shape[0] == 2 and key.shape[1:] == data.shape[3:] and key.device == data.device
-    require(is_fit, "write_kv_pages takes key and value [T, K, D], a cache [2, P, page_size, K, D]", key, value, data)
-    require(slot.shape == key.shape[:1] and slot.dtype == torch.int32, "slot is int32 [T]", slot, key)
-    require_cache(kv_cache)
+    require_rows(key, value, kv_cache, slot)
     num_tokens, num_heads, size = key.shape
     block_size = triton.next_power_of_2(size)
     block_heads = min(triton.next_power_of_2(num_heads), max(1, BLOCK // block_size))
@@ -59,6 +55,16 @@ def write_kv_pages(
             BLOCK_HEADS=block_heads,
             BLOCK_SIZE=block_size,
         )
+
+
+def require_rows(key: Tensor, value: Tensor, kv_cache: KVCache, slot: Tensor) -> None:
+    """Refuse keys and values that do not fit together, or into the cache."""
+    data = kv_cache.data
+    is_fit = key.ndim == 3 and key.shape == value.shape and key.dtype == value.dtype and data.ndim == 5
+    is_fit = is_fit and data.shape[0] == 2 and key.shape[1:] == data.shape[3:] and key.device == data.device
+    require(is_fit, "write_kv_pages takes key and value [T, K, D], a cache [2, P, page_size, K, D]", key, value, data)
+    require(slot.shape == key.shape[:1] and slot.dtype == torch.int32, "slot is int32 [T]", slot, key)
+    require_cache(kv_cache)
 
 
 def require_cache(kv_cache: KVCache) -> None:
@@ -102,8 +108,27 @@ def write_kernel(
         place = value + token * value_stride_token + head[:, None] * value_stride_head
         rows = tl.load(place + column, mask=is_there, other=0.0).to(tl.float32)
     own_slot = tl.load(slot + token).to(tl.int64)
-    is_inside = (own_slot >= 0) & (own_slot < num_slots)
-    target = (half * num_slots.to(tl.int64) + own_slot) * num_heads + head
+    store_in_slot(rows, is_there, head, column, half, own_slot, data, scale, num_heads, num_slots, size, HAS_SCALE)
+
+
+@triton.jit
+def store_in_slot(
+    rows: tl.tensor,  # [heads, D] float32, zeros where nothing is
+    is_there: tl.tensor,  # [heads, D]
+    head: tl.tensor,  # [heads]
+    column: tl.tensor,  # [1, D]
+    half: tl.tensor,  # 0: they are keys, 1: values
+    slot: tl.tensor,  # int64, the token's; outside of the cache nothing is written
+    data: tl.tensor,  # [2, slots, K, D]
+    scale: tl.tensor,  # [2, slots, K]
+    num_heads: tl.tensor,
+    num_slots: tl.tensor,
+    size: tl.tensor,
+    HAS_SCALE: tl.constexpr,
+) -> None:
+    """Write a token's heads as the cache has them."""
+    is_inside = (slot >= 0) & (slot < num_slots)
+    target = (half * num_slots.to(tl.int64) + slot) * num_heads + head
     place = data + target[:, None] * size + column
     if HAS_SCALE:
         row_scale = scale_of(rows, data.dtype.element_ty)

@@ -45,7 +45,7 @@ def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[dict[str, Any]]) -> None:
     names = {"decode_kernel", "merge_kernel", "chunk_kernel", "matmul_kernel", "quantize_rows_kernel", "write_kernel"}
     names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel", "sample_kernel"}
-    names |= {"norm_and_round_kernel", "gate_and_round_kernel", "sum_splits_kernel"}
+    names |= {"norm_and_round_kernel", "gate_and_round_kernel", "sum_splits_kernel", "rotate_and_write_kernel"}
     assert {found["name"] for found in on_hopper} == names
     for found in on_hopper:
         assert found["registers"] <= 255 and found["shared_bytes"] <= 227 << 10, found
@@ -59,7 +59,8 @@ def test_what_has_the_bits_of_the_reference_keeps_subnormal_numbers(on_hopper: l
     """Others compute roots and powers of two on the way, which are near, and may flush."""
     for found in on_hopper:
         assert not any(instruction.startswith("div.rn") for instruction in found["flushing"]), found
-        assert not found["flushing"] or found["name"] not in ("quantize_rows_kernel", "write_kernel"), found
+        is_exact = found["name"] in ("quantize_rows_kernel", "write_kernel", "rotate_and_write_kernel")
+        assert not found["flushing"] or not is_exact, found
 
 
 def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> None:

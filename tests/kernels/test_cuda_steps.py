@@ -182,8 +182,11 @@ def test_a_captured_step_is_the_same_whatever_the_requests(model: Any, launches:
         transfers.append(counted.num_in)
         launches.clear()
     assert noted[0] == noted[1] and len(noted[0]) > 20
-    assert {name for name, _, _ in noted[0]} >= {"decode_kernel", "merge_kernel", "write_kernel", "rms_norm_kernel"}
-    assert "chunk_kernel" not in {name for name, _, _ in noted[0]}
+    names = [name for name, _, _ in noted[0]]
+    assert {*names} >= {"decode_kernel", "merge_kernel", "rms_norm_kernel"} and "chunk_kernel" not in names
+    # Rotation and cache are one launch of a layer.
+    assert names.count("rotate_and_write_kernel") == names.count("decode_kernel") == len(runner._kv_caches)
+    assert not {"rotary_kernel", "write_kernel"} & {*names}
     assert transfers == [1, 1]
 
 
@@ -220,9 +223,12 @@ def test_a_step_of_many_tokens_is_within_the_limits_of_a_grid(heads: tuple[int, 
     query = torch.empty(num_tokens, num_heads, 64, dtype=torch.bfloat16, device=META)
     kv_cache = KVCache(torch.empty(2, 9, 16, num_kv_heads, 64, dtype=torch.bfloat16, device=META))
     kernels.paged_attention(query, kv_cache, batch, scale=0.1)
-    kernels.write_kv_pages(query[:, :num_kv_heads], query[:, :num_kv_heads], kv_cache, query[:, 0, 0].int())
+    key, angles, slot = query[:, :num_kv_heads], query[:, 0, :8].float(), query[:, 0, 0].int()
+    kernels.write_kv_pages(key, key, kv_cache, slot)
+    kernels.rotate_and_write(query, key, angles, angles, False, kv_cache, slot)
     kernels.rms_norm(query, query[0, 0], 1e-6)
-    assert {name for name, _, _ in launches} == {"chunk_kernel", "write_kernel", "rms_norm_kernel"}
+    names = {"chunk_kernel", "write_kernel", "rotate_and_write_kernel", "rms_norm_kernel"}
+    assert {name for name, _, _ in launches} == names
     for name, grid, _ in launches:
         assert all(size <= 65_535 for size in grid[1:]) and grid[0] < 2**31, (name, grid)
 
@@ -235,8 +241,8 @@ from torchinfer.kernels.cuda.offline import OfflineDriver
 from torchinfer.kernels.cuda.paged_attention import paged_attention
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
 from torchinfer.kernels.cuda.rms_norm import rms_norm
+from torchinfer.kernels.cuda.rotate_and_write import rotate_and_write
 from torchinfer.kernels.cuda.sample import sample
-from torchinfer.kernels.cuda.write_kv_pages import write_kv_pages
 from torchinfer.quantization import SCHEMES
 from torchinfer.step_input import StepShape, unpack, unpack_sampling
 
@@ -257,8 +263,9 @@ def step(tokens, rows, width, is_decode=False):
     weight = SCHEMES["int8"].weight({n: torch.ones(s.shape).to(s.dtype) for n, s in specs.items()}, 256, ())
     rms_norm(x, x[0], 1e-6, 0.0)
     quantized_matmul(x, weight)
-    write_kv_pages(heads[:, 8:10], heads[:, 10:], cache, batch.slot)
-    paged_attention(heads[:, :8], cache, batch, 0.1, None, None)
+    angles = torch.zeros(tokens, 32)
+    query = rotate_and_write(heads[:, :10], heads[:, 10:], angles, angles, False, cache, batch.slot)
+    paged_attention(query, cache, batch, 0.1, None, None)
     sample(torch.zeros(rows, 160), unpack_sampling(memory[shape.num_forward :]), True)
 
 cache = KVCache(torch.zeros(2, 9, 16, 2, 64, dtype=torch.int8), torch.zeros(2, 9, 16, 2))

@@ -42,13 +42,14 @@ PORTS: dict[str, tuple[str, ...]] = {
     "quantized_matmul": ("cuda",),
     "linear_of_norm": ("cuda",),
     "linear_of_gated": ("cuda",),
+    "rotate_and_write": ("cuda",),
     "dequantize": (),
     "greedy": ("cpu",),
     "sample": ("cpu", "cuda"),
     "quantize_matrix": ("cpu",),
 }
 # Without a port two ops of the door, one after the other.
-COMPOSED = ("linear_of_norm", "linear_of_gated", "gated_linear")
+COMPOSED = ("linear_of_norm", "linear_of_gated", "gated_linear", "rotate_and_write")
 PREPARING = {"packed_weight": ("cpu", "cuda"), "fused_layer": ("cpu",)}  # layouts of matrices; calls for half a layer
 _folders: dict[str, str] = {}
 _loaded: dict[str, dict[str, Callable[..., Tensor]]] = {}
@@ -298,6 +299,29 @@ def write_kv_pages(key: Tensor, value: Tensor, kv_cache: KVCache, slot: Tensor) 
     _port("write_kv_pages", key)(key, value, kv_cache, slot)
 
 
+def rotate_and_write(
+    query_key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool, kv_cache: KVCache, slot: Tensor
+) -> Tensor:
+    """`rotary_embedding` of queries and keys, then `write_kv_pages`, with their bits; in one pass where the device can.
+
+    query_key: [T, H + K, D], queries first; value: [T, K, D]; cos, sin: [T, F] float32; slot: [T] int32.
+    Returns the rotated queries [T, H, D].
+    """
+    port = load_ports(query_key.device.type).get("rotate_and_write")
+    if port is not None:
+        return port(query_key, value, cos, sin, is_interleaved, kv_cache, slot)
+    query, key = _rotate(query_key, value, cos, sin, is_interleaved)
+    write_kv_pages(key, value, kv_cache, slot)
+    return query
+
+
+def _rotate(query_key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, is_interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Queries [T, H, D] and keys [T, K, D], of as many heads as values have."""
+    sizes = (query_key.shape[1] - value.shape[1], value.shape[1])
+    query, key = rotary_embedding(query_key, cos, sin, is_interleaved).split_with_sizes(sizes, 1)
+    return query, key
+
+
 def paged_attention(
     query: Tensor,
     kv_cache: KVCache,
@@ -318,10 +342,12 @@ def paged_attention(
     return _port("paged_attention", query)(query, kv_cache, batch, scale, window, soft_cap)
 
 
-def attend_and_write(
-    query: Tensor,
-    key: Tensor,
+def rotate_and_attend(
+    query_key: Tensor,
     value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    is_interleaved: bool,
     kv_cache: KVCache,
     batch: Batch,
     *,
@@ -329,13 +355,15 @@ def attend_and_write(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Tensor:
-    """`write_kv_pages` of the step's keys and values, then `paged_attention`; one sweep over a cache with `pages`.
+    """`rotate_and_write` of the step's queries, keys and values, then `paged_attention`.
 
-    query: [T, H, D]; key, value: [T, K, D]. Returns [T, H, D].
+    Over a cache with `pages` one sweep writes and attends, after `rotary_embedding`.
+    query_key: [T, H + K, D], queries first; value: [T, K, D]. Returns [T, H, D].
     """
     if kv_cache.pages is not None:
+        query, key = _rotate(query_key, value, cos, sin, is_interleaved)
         return _port("attend_and_write", query)(query, key, value, kv_cache, batch, scale, window, soft_cap)
-    write_kv_pages(key, value, kv_cache, batch.slot)
+    query = rotate_and_write(query_key, value, cos, sin, is_interleaved, kv_cache, batch.slot)
     return paged_attention(query, kv_cache, batch, scale=scale, window=window, soft_cap=soft_cap)
 
 

@@ -201,20 +201,21 @@ class Attention(Layer):
         """[T, hidden] -> [T, hidden], of norm(x) if there is one; writes this step's keys and values into kv_cache."""
         heads = self.qkv(x, norm).view(x.shape[0], -1, self.head_dim)  # [T, H + 2 K, D]
         query_key, value = heads.split_with_sizes((self.num_heads + self.num_kv_heads, self.num_kv_heads), 1)
-        query, key = self._rotate(query_key, rope)
-        attended = kernels.attend_and_write(
-            query, key, value, kv_cache, batch, scale=self.scale, window=self.window, soft_cap=self.soft_cap
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = query_key.split_with_sizes((self.num_heads, self.num_kv_heads), 1)
+            query_key = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
+        attended = kernels.rotate_and_attend(
+            query_key,
+            value,
+            *rope,
+            self.is_interleaved,
+            kv_cache,
+            batch,
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
         )
         return self.output(attended.flatten(1))
-
-    def _rotate(self, query_key: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """[T, H + K, D] -> rotated query [T, H, D] and key [T, K, D], in one call."""
-        sizes = (self.num_heads, self.num_kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = query_key.split_with_sizes(sizes, 1)
-            query_key = torch.cat((self.q_norm(query), self.k_norm(key)), 1)
-        query, key = kernels.rotary_embedding(query_key, *rope, self.is_interleaved).split_with_sizes(sizes, 1)
-        return query, key
 
 
 class GatedMLP(Layer):
