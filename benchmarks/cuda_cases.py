@@ -29,7 +29,8 @@ EXPERTS = (8, 28672, 4096)  # of Mixtral 8x7B, gate and up
 ZEROS = Scheme(name="int4_zero", values=torch.uint8, column_block=128, has_zero=True)  # as AWQ and GPTQ have them
 HELD = SCHEMES | {ZEROS.name: ZEROS}
 MANY_ROWS = (1024, 2048, 8192)
-PEAKS = {"int8_w8a8": "int8", "fp8_w8a8": "fp8"}  # whose products are compared with which ceiling; bf16 otherwise
+# Whose products are compared with which ceiling; bf16 otherwise.
+PEAKS = {"int8_w8a8": "int8", "fp8_w8a8": "fp8", "fp8_block_w8a8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def full_cases() -> list[Case]:
     cases = [decode_case(rows, length, 128, name) for length in lengths for rows in (1, 16, 64) for name in FEWER_BITS]
     cases += [chunk_case(length, 128, name) for length in (2048, 8192) for name in FEWER_BITS]
     for shape in LINEAR:
-        few, many = ("int8", "fp8", "int4", "int4_w4a8"), ("int8_w8a8", "fp8_w8a8")
+        few, many = ("int8", "fp8", "int4", "int4_w4a8"), ("int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")
         cases += [linear_case(shape, *LINEAR[shape], s, n) for s in few for n in (1, 16, 64)]
         cases += [linear_case(shape, *LINEAR[shape], s, n) for s in many for n in (16, *MANY_ROWS)]
     cases += [grouped_case(*EXPERTS, s, n) for s in ("bf16", "int8", "fp8", "int4") for n in (2, 8, 32, 16384)]
@@ -62,14 +63,17 @@ def static_cases() -> list[Case]:
     cases += [decode_case(8, 4096, 128, name) for name in FEWER_BITS]
     cases += [decode_case(8, 4096, 64, "int8", 71, 1)]  # Falcon's, in tiles of 64 heads
     cases += [chunk_case(4096, size, name) for size, name in ((128, "bf16"), (128, "int8"), (256, "fp8"))]
-    few, many = ("int8", "fp8", "int4", "fp8_block"), ("int8", "int4", "int8_w8a8", "fp8_w8a8")
+    few, many = ("int8", "fp8", "int4", "fp8_block"), ("int8", "int4", "int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, n) for s in few for n in (1, 64)]
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, 4096) for s in many]
-    cases += [linear_case("8b-output", *LINEAR["8b-output"], s, 64) for s in ("int8", "fp8_block", "int8_w8a8")]
+    cases += [
+        linear_case("8b-output", *LINEAR["8b-output"], s, 64)
+        for s in ("int8", "fp8_block", "int8_w8a8", "fp8_block_w8a8")
+    ]
     cases += [grouped_case(*EXPERTS, s, n) for s, n in (("bf16", 16), ("int4", 16), ("bf16", 16384), ("fp8", 16384))]
     gate_up = ("8b-gate_up", *LINEAR["8b-gate_up"])
     cases += [linear_case(*gate_up, s, n) for s in ("int4_zero", "int4_w4a8") for n in (1, 4096)]
-    cases += [linear_case(*gate_up, "fp8_w8a8", n) for n in (1, 64)]
+    cases += [linear_case(*gate_up, s, n) for s in ("fp8_w8a8", "fp8_block_w8a8") for n in (1, 64)]
     return [*cases, *float32_cases(), *glue_cases(4096)]
 
 
@@ -208,6 +212,7 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             inner = 7 * size // 2  # as wide as Llama 3's
             wide = torch.ones(rows, 2 * inner, device=device).bfloat16()
             qkv, down = (quantized("int8_w8a8", (64, columns), device) for columns in (size, inner))
+            qkv_block, down_block = (quantized("fp8_block_w8a8", (64, columns), device) for columns in (size, inner))
             reals = torch.full((rows,), 0.9, device=device)
             params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
             calls: dict[str, Callable[[], object]] = {
@@ -217,6 +222,8 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
                 "sample": lambda: sample(x.float(), params, True),
                 "linear_of_norm": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv),
                 "linear_of_gated": lambda: linear_of_gated(wide, "silu", down),
+                "linear_of_norm in groups": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv_block),
+                "linear_of_gated in groups": lambda: linear_of_gated(wide, "silu", down_block),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),
             }
             return calls[name]
@@ -224,5 +231,6 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
         return make_on
 
     names = ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages", "sample")
-    for name in (*names, "linear_of_norm", "linear_of_gated"):
+    fused = [f"{name}{rounded}" for name in ("linear_of_norm", "linear_of_gated") for rounded in ("", " in groups")]
+    for name in (*names, *fused):
         yield Case(f"glue {name} {rows} x {size}", make(name), 4 * rows * size, 0, "bf16")

@@ -36,13 +36,13 @@ def multiply(
     if matrix.activations == "none":
         return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
     _require_fit(x, matrix, group_sizes)  # before rows are rounded
-    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale)
+    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale, matrix.input_group)
     return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
 
 
 def multiply_rows(
     x: Tensor,  # [N, I], as it is multiplied
-    row_scale: Tensor | None,  # float32 [N], of rows in 8 bits
+    row_scale: Tensor | None,  # float32, of rows in 8 bits: `Matrix.row_scale_shape`
     matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
     group_sizes: Tensor | None,  # int32 [E]
     dtype: torch.dtype,  # of the result
@@ -51,6 +51,9 @@ def multiply_rows(
 ) -> Tensor:
     """`multiply` of rows that were rounded before, where the matrix asks for that."""
     _require_fit(x, matrix, group_sizes)
+    if row_scale is not None:
+        shape = matrix.row_scale_shape(len(x))
+        require(row_scale.shape == shape and row_scale.is_contiguous(), f"rows have scales {list(shape)}", row_scale, x)
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
@@ -109,7 +112,7 @@ def device_name(device: torch.device) -> str:
 
 def _launch(
     x: Tensor,  # [N, I]
-    row_scale: Tensor | None,  # [N]
+    row_scale: Tensor | None,  # [N] or [G, N]
     matrix: Matrix,
     group_sizes: Tensor | None,
     tiles: Tiles,
@@ -128,6 +131,8 @@ def _launch(
         num_row_blocks=num_row_blocks,
         stride=x.stride(0),
         HAS_ROW_SCALE=row_scale is not None,
+        HAS_ROW_GROUPS=row_scale is not None and matrix.input_group > 0,
+        IS_ONE_SCALE=activation == "none" and matrix.row_block % tiles.outputs == 0,
         ACTIVATION=activation,
         SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
         **_of_groups(group_sizes),

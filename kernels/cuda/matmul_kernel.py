@@ -3,9 +3,11 @@
     element [o, i]  =  (values[o, i] - zero[o, g]) * scale[o // row_block, g],    g = i // column_block
 
 Integers and e4m3 become numbers of the rows' dtype in registers, exactly, less their zeros. A scale of a group of
-inputs multiplies the sums of that group, one of a whole output multiplies the result. Numbers of 4 bits are two or four
-products of a step: of the first numbers of bytes or of 16 bits with the inputs that belong to them, and so on; these
-are every second or fourth, or runs of 16 where the matrix was packed for it.
+inputs multiplies the sums of that group, one of a whole output multiplies the result. Rows in e4m3 may have a scale for
+each group, too: the sums of a step are multiplied by both, and added in float32 (arXiv 2412.19437, section 3.3).
+
+Numbers of 4 bits are two or four products of a step: of the first numbers of bytes or of 16 bits with the inputs that
+belong to them, and so on; these are every second or fourth, or runs of 16 where the matrix was packed for it.
 
 A tile is outputs times rows where the matrix unit takes the matrix from registers, else rows times outputs.
 
@@ -70,7 +72,7 @@ def matmul_kernel(
     values: tl.tensor,  # [E, O, I]; of 4 bits uint8 [E, O, I / 2] or int32 [E, O, I / 8]
     scale: tl.tensor,  # [E, S, G] float32, where HAS_SCALE
     zero: tl.tensor,  # [E, O, G], where HAS_ZERO
-    row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE
+    row_scale: tl.tensor,  # [N] float32, where HAS_ROW_SCALE; [G, N] where HAS_ROW_GROUPS
     group_sizes: tl.tensor,  # [E] int32, where NUM_GROUPS
     result: tl.tensor,  # [N, O]; [N, O / 2] with ACTIVATION; float32 [spans, N, O] where IS_SPLIT
     num_rows: tl.tensor,
@@ -90,6 +92,8 @@ def matmul_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
+    HAS_ROW_GROUPS: tl.constexpr,  # then HAS_ROW_SCALE, too
+    IS_ONE_SCALE: tl.constexpr,  # whether the outputs of a program share the scale of a group
     PARTS: tl.constexpr,  # products of a step: 2 for bytes of 4 bits, 4 for words of them, else 1
     RUN: tl.constexpr,  # inputs of a part that lie side by side; those of the next part follow
     IS_EVEN: tl.constexpr,  # I is a multiple of BLOCK_INPUTS
@@ -140,6 +144,15 @@ def matmul_kernel(
     numbers = values + place[:, None] * (num_inputs // NUMBERS) + start_input // NUMBERS + packed[None, :]
     inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input + in_row[:, None]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
+    if COLUMN_BLOCK > 0:
+        # Read a step ahead: the copies that hide the wait for numbers are not for what goes into registers.
+        if IS_ONE_SCALE:
+            scale_place = group.to(tl.int64) * num_scale_rows + first_result // ROW_BLOCK
+        scale_at = scale + scale_place * num_columns
+        step_scale = tl.load(scale_at + start_input // COLUMN_BLOCK)
+        if HAS_ROW_GROUPS:
+            row_scale_at = row_scale + tl.where(is_row, row, 0)
+            step_row_scale = tl.load(row_scale_at + start_input // COLUMN_BLOCK * num_rows)
     HEIGHT: tl.constexpr = BLOCK_OUTPUTS if ROWS_LAST else BLOCK_ROWS
     total = tl.zeros((HEIGHT, BLOCK_ROWS * BLOCK_OUTPUTS // HEIGHT), SUM)
     for first in range(start_input, end_input, BLOCK_INPUTS):
@@ -153,6 +166,11 @@ def matmul_kernel(
             offset = tl.load(zero + place * num_columns + column).to(tl.int16)[:, None]
         else:
             offset = tl.full((1, 1), 8 if PARTS > 1 else 0, tl.int16)
+        if COLUMN_BLOCK > 0:
+            following = tl.minimum(first + BLOCK_INPUTS, end_input - 1) // COLUMN_BLOCK
+            next_scale = tl.load(scale_at + following)
+            if HAS_ROW_GROUPS:
+                next_row_scale = tl.load(row_scale_at + following * num_rows)
         if PARTS > 1 or COLUMN_BLOCK > 0:
             product = tl.zeros(total.shape, tl.float32)
             for part in tl.static_range(PARTS):
@@ -168,8 +186,14 @@ def matmul_kernel(
                     c = b.to(a.dtype)
                 product = multiply_add(c, a, product, ROWS_LAST)
             if COLUMN_BLOCK > 0:
-                group_scale = tl.load(scale + scale_place * num_columns + column)
-                product *= group_scale[:, None] if ROWS_LAST else group_scale[None, :]
+                factor = step_scale
+                if not IS_ONE_SCALE:
+                    factor = factor[:, None] if ROWS_LAST else factor[None, :]
+                if HAS_ROW_GROUPS:
+                    factor *= step_row_scale[None, :] if ROWS_LAST else step_row_scale[:, None]
+                    step_row_scale = next_row_scale
+                product *= factor
+                step_scale = next_scale
             total += product
         else:
             if IS_EVEN:
@@ -182,7 +206,7 @@ def matmul_kernel(
         inputs += BLOCK_INPUTS
         numbers += BLOCK_INPUTS // NUMBERS
     product = tl.trans(total.to(tl.float32)) if ROWS_LAST else total.to(tl.float32)
-    if HAS_ROW_SCALE:
+    if HAS_ROW_SCALE and not HAS_ROW_GROUPS:
         product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
     if HAS_SCALE and COLUMN_BLOCK == 0:
         product *= tl.load(scale + scale_place)[None, :]
