@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,7 @@ def static_cases() -> list[Case]:
     gate_up = ("8b-gate_up", *LINEAR["8b-gate_up"])
     cases += [linear_case(*gate_up, s, n) for s in ("int4_zero", "int4_w4a8") for n in (1, 4096)]
     cases += [linear_case(*gate_up, s, n) for s in ("fp8_w8a8", "fp8_block_w8a8") for n in (1, 64)]
+    cases += [walking_case(*gate_up, s, 4096) for s in ("int8", "int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")]
     return [*cases, *float32_cases(), *glue_cases(4096)]
 
 
@@ -88,6 +89,7 @@ def tiny_cases() -> list[Case]:
     """A case of each kind that an interpreter can run."""
     cases = [decode_case(2, 70, 32, "int8", heads=2, kv_heads=1), chunk_case(20, 32, "bf16", heads=2, kv_heads=1)]
     cases += [linear_case("tiny", 40, 128, scheme, 3) for scheme in ("int8", "int4", "int8_w8a8", "int4_zero")]
+    cases += [walking_case("tiny", 40, 256, "fp8_block_w8a8", 130)]
     return [*cases, grouped_case(2, 40, 128, "bf16", 5), *glue_cases(64)]
 
 
@@ -152,6 +154,24 @@ def linear_case(
     return Case(
         f"linear{of_dtype} {scheme} {shape} {rows} rows", make, num_bytes, operations, PEAKS.get(scheme, "bf16")
     )
+
+
+def walking_case(shape: str, outputs: int, inputs: int, scheme: str, rows: int) -> Case:
+    """`linear_case` of many rows by programs that walk over tiles, without the rounding of rows."""
+    plain = linear_case(shape, outputs, inputs, scheme, rows)
+
+    def make(device: str) -> Callable[[], object]:
+        from torchinfer.kernels.cuda.matmul import multiply_rows, tiles_for
+        from torchinfer.kernels.cuda.matrix import as_matrix
+
+        matrix = as_matrix(prepared(scheme, (outputs, inputs), device))
+        x, scale = torch.ones(rows, inputs, device=device).bfloat16(), None
+        if matrix.activations != "none":
+            x, scale = x.to(matrix.rounded), torch.ones(matrix.row_scale_shape(rows), device=device)
+        tiles = replace(tiles_for(x, matrix, {}), per_processor=1)
+        return lambda: multiply_rows(x, scale, matrix, None, torch.bfloat16, tiles=tiles)
+
+    return replace(plain, name=f"walking {plain.name}", make=make)
 
 
 def grouped_case(experts: int, outputs: int, inputs: int, scheme: str, rows: int) -> Case:

@@ -66,6 +66,20 @@ def multiply_add(
     return tl.dot(left, right, total, input_precision="tf32x3", max_num_imprecise_acc=MOST, out_dtype=total.dtype)
 
 
+@triton.jit
+def place_of_tile(
+    tile: tl.tensor,
+    num_row_blocks: tl.tensor,
+    num_results: tl.tensor,
+    WIDTH: tl.constexpr,  # results of a tile
+) -> tuple[tl.tensor, tl.tensor]:
+    """The block of rows of a tile, and its first result; tiles that follow each other share rows or results."""
+    in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
+    first_block = tile // in_swizzle * SWIZZLE
+    height = tl.minimum(num_row_blocks - first_block, SWIZZLE)
+    return first_block + tile % in_swizzle % height, tile % in_swizzle // height * WIDTH
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_row_blocks"])
 def matmul_kernel(
     x: tl.tensor,  # [N, I], rows `stride` apart; rounded where HAS_ROW_SCALE
@@ -107,11 +121,7 @@ def matmul_kernel(
     tl.static_assert(not IS_SPLIT or ACTIVATION == "none")
     WIDTH: tl.constexpr = BLOCK_OUTPUTS // (2 if ACTIVATION != "none" else 1)  # results of a block
     num_results = num_outputs // (2 if ACTIVATION != "none" else 1)
-    in_swizzle = SWIZZLE * tl.cdiv(num_results, WIDTH)
-    first_block = tl.program_id(0) // in_swizzle * SWIZZLE
-    height = tl.minimum(num_row_blocks - first_block, SWIZZLE)
-    block = first_block + tl.program_id(0) % in_swizzle % height
-    first_result = tl.program_id(0) % in_swizzle // height * WIDTH
+    block, first_result = place_of_tile(tl.program_id(0), num_row_blocks, num_results, WIDTH)
     in_block = tl.arange(0, BLOCK_OUTPUTS)
     output = first_result + in_block % WIDTH + in_block // WIDTH * num_results
     group, start, end = tl.cast(0, tl.int32), block * BLOCK_ROWS, num_rows
@@ -129,6 +139,92 @@ def matmul_kernel(
         if group == NUM_GROUPS:
             tl.store(target, tl.zeros((BLOCK_ROWS, WIDTH), result.dtype.element_ty), mask=is_result)
             return
+    start_input, end_input = 0, num_inputs
+    if IS_SPLIT:
+        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.num_programs(1)) * BLOCK_INPUTS
+        start_input = tl.program_id(1) * span
+        end_input = tl.minimum(start_input + span, num_inputs)
+    product = scaled_products(
+        x,
+        values,
+        scale,
+        zero,
+        row_scale,
+        num_rows,
+        num_outputs,
+        num_inputs,
+        num_scale_rows,
+        num_columns,
+        stride,
+        group,
+        row,
+        is_row,
+        first_result,
+        output,
+        is_output,
+        start_input,
+        end_input,
+        ROW_BLOCK,
+        COLUMN_BLOCK,
+        BLOCK_ROWS,
+        BLOCK_OUTPUTS,
+        BLOCK_INPUTS,
+        HAS_SCALE,
+        HAS_ZERO,
+        HAS_ROW_SCALE,
+        HAS_ROW_GROUPS,
+        IS_ONE_SCALE,
+        PARTS,
+        RUN,
+        IS_EVEN,
+        SUM,
+        ROWS_LAST,
+    )
+    if ACTIVATION != "none":
+        halves = tl.permute(tl.reshape(product.to(result.dtype.element_ty), (BLOCK_ROWS, 2, WIDTH)), (0, 2, 1))
+        gate, up = tl.split(halves)
+        product = gated(gate, up, ACTIVATION, result.dtype.element_ty)
+    tl.store(target, product.to(result.dtype.element_ty), mask=is_result)
+
+
+@triton.jit
+def scaled_products(
+    x: tl.tensor,  # as those of `matmul_kernel`, down to `stride`
+    values: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
+    row_scale: tl.tensor,
+    num_rows: tl.tensor,
+    num_outputs: tl.tensor,
+    num_inputs: tl.tensor,
+    num_scale_rows: tl.tensor,
+    num_columns: tl.tensor,
+    stride: tl.tensor,
+    group: tl.tensor,  # whose matrix it is
+    row: tl.tensor,  # [BLOCK_ROWS]
+    is_row: tl.tensor,  # [BLOCK_ROWS]
+    first_output: tl.tensor,
+    output: tl.tensor,  # [BLOCK_OUTPUTS]
+    is_output: tl.tensor,  # [BLOCK_OUTPUTS]
+    start_input: tl.tensor,
+    end_input: tl.tensor,
+    ROW_BLOCK: tl.constexpr,
+    COLUMN_BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_ROW_GROUPS: tl.constexpr,
+    IS_ONE_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,
+    RUN: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    SUM: tl.constexpr,
+    ROWS_LAST: tl.constexpr,
+) -> tl.tensor:  # [BLOCK_ROWS, BLOCK_OUTPUTS] float32
+    """The products of a tile over a span of inputs, times all scales."""
     PART: tl.constexpr = BLOCK_INPUTS // PARTS
     NUMBERS: tl.constexpr = 8 if PARTS == 4 else PARTS  # in one of `values`
     in_row, packed = tl.arange(0, PART), tl.arange(0, BLOCK_INPUTS // NUMBERS)
@@ -136,23 +232,19 @@ def matmul_kernel(
         in_row = in_row // RUN * (RUN * PARTS) + in_row % RUN
     # In rows of the whole E x O table; outputs past the last read row 0, so that no mask is needed.
     place = group.to(tl.int64) * num_outputs + tl.where(is_output, output, 0)
-    start_input, end_input = 0, num_inputs
-    if IS_SPLIT:
-        span = tl.cdiv(tl.cdiv(num_inputs, BLOCK_INPUTS), tl.num_programs(1)) * BLOCK_INPUTS
-        start_input = tl.program_id(1) * span
-        end_input = tl.minimum(start_input + span, num_inputs)
     numbers = values + place[:, None] * (num_inputs // NUMBERS) + start_input // NUMBERS + packed[None, :]
     inputs = x + tl.where(is_row, row, 0)[None, :].to(tl.int64) * stride + start_input + in_row[:, None]
     scale_place = group.to(tl.int64) * num_scale_rows + tl.where(is_output, output, 0) // ROW_BLOCK
     if COLUMN_BLOCK > 0:
         # Read a step ahead: the copies that hide the wait for numbers are not for what goes into registers.
         if IS_ONE_SCALE:
-            scale_place = group.to(tl.int64) * num_scale_rows + first_result // ROW_BLOCK
+            scale_place = group.to(tl.int64) * num_scale_rows + first_output // ROW_BLOCK
         scale_at = scale + scale_place * num_columns
-        step_scale = tl.load(scale_at + start_input // COLUMN_BLOCK)
+        column = tl.minimum(start_input, num_inputs - 1) // COLUMN_BLOCK  # there may be more splits than steps
+        step_scale = tl.load(scale_at + column)
         if HAS_ROW_GROUPS:
             row_scale_at = row_scale + tl.where(is_row, row, 0)
-            step_row_scale = tl.load(row_scale_at + start_input // COLUMN_BLOCK * num_rows)
+            step_row_scale = tl.load(row_scale_at + column * num_rows)
     HEIGHT: tl.constexpr = BLOCK_OUTPUTS if ROWS_LAST else BLOCK_ROWS
     total = tl.zeros((HEIGHT, BLOCK_ROWS * BLOCK_OUTPUTS // HEIGHT), SUM)
     for first in range(start_input, end_input, BLOCK_INPUTS):
@@ -210,11 +302,7 @@ def matmul_kernel(
         product *= tl.load(row_scale + row, mask=is_row, other=0.0)[:, None]
     if HAS_SCALE and COLUMN_BLOCK == 0:
         product *= tl.load(scale + scale_place)[None, :]
-    if ACTIVATION != "none":
-        halves = tl.permute(tl.reshape(product.to(result.dtype.element_ty), (BLOCK_ROWS, 2, WIDTH)), (0, 2, 1))
-        gate, up = tl.split(halves)
-        product = gated(gate, up, ACTIVATION, result.dtype.element_ty)
-    tl.store(target, product.to(result.dtype.element_ty), mask=is_result)
+    return product
 
 
 @triton.jit(do_not_specialize=["num_rows"])

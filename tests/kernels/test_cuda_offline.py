@@ -39,21 +39,22 @@ def on_hopper(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "linear int8 8b-gate_up 1 row,linear fp8 8b-gate_up 1 row,linear int4 8b-gate_up 1 row,"
         "linear int4 8b-gate_up 64,fp8_w8a8 8b-gate_up,fp8_block_w8a8,int4_zero,int4_w4a8"
     )
-    cases = f"{attention},71/1 heads,{linear},grouped bf16,glue,float32"
+    cases = f"{attention},71/1 heads,{linear},walking,grouped bf16,glue,float32"
     return compiled("9.0", cases, tmp_path_factory.mktemp("triton"))
 
 
 def test_every_kernel_fits_a_hopper_and_hardly_anything_spills(on_hopper: list[dict[str, Any]]) -> None:
     names = {"decode_kernel", "merge_kernel", "chunk_kernel", "matmul_kernel", "quantize_rows_kernel", "write_kernel"}
     names |= {"rms_norm_kernel", "rotary_kernel", "gated_activation_kernel", "sample_kernel"}
-    names |= {"norm_and_round_kernel", "gate_and_round_kernel", "sum_splits_kernel"}
+    names |= {"norm_and_round_kernel", "gate_and_round_kernel", "sum_splits_kernel", "persistent_matmul_kernel"}
     assert {found["name"] for found in on_hopper} == names
     for found in on_hopper:
         assert found["registers"] <= 255 and found["shared_bytes"] <= 227 << 10, found
         if "float32" in found["case"]:  # which is to be right, not fast
             continue
         assert found["stack_bytes"] <= 8, found  # two registers, so that more blocks fit
-        assert found["shared_bytes"] <= 113 << 10, found  # so that two blocks fit into a multiprocessor
+        # Two blocks fit into a multiprocessor, but for those that are to be the only one.
+        assert found["shared_bytes"] <= 113 << 10 or found["name"] == "persistent_matmul_kernel", found
 
 
 def test_what_has_the_bits_of_the_reference_keeps_subnormal_numbers(on_hopper: list[dict[str, Any]]) -> None:
@@ -65,7 +66,7 @@ def test_what_has_the_bits_of_the_reference_keeps_subnormal_numbers(on_hopper: l
 
 def test_products_of_tiles_are_in_the_loops(on_hopper: list[dict[str, Any]]) -> None:
     for found in on_hopper:
-        has_loop = found["name"] in ("decode_kernel", "chunk_kernel", "matmul_kernel")
+        has_loop = found["name"] in ("decode_kernel", "chunk_kernel", "matmul_kernel", "persistent_matmul_kernel")
         assert (found["tensor_instructions"] > 0) == has_loop, found
 
 
