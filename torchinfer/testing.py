@@ -161,7 +161,7 @@ def exact_product(
     inputs = x.double()
     if weight.activations != "none":
         group = weight.input_group or x.shape[1]
-        inputs = torch.cat([_rounded(part.float(), weight) for part in x.split(group, 1)], 1)
+        inputs = torch.cat([_rounded(part.float(), weight) for part in torch.split(x, group, 1)], 1)
     return inputs @ kernels.dequantize(weight).double().T
 
 

@@ -60,8 +60,8 @@ def choose_tiles(product: Product, num_rows: int, num_processors: int, tuned: Tu
         return tiles
     launch = tuned.launches.get(rows)
     if launch is not None:
-        sizes = {"outputs": launch.outputs, "num_warps": launch.warps, "num_stages": launch.stages}
-        tiles = replace(tiles, **sizes, per_processor=launch.per_processor)
+        tiles = replace(tiles, outputs=launch.outputs, num_warps=launch.warps, num_stages=launch.stages)
+        tiles = replace(tiles, per_processor=launch.per_processor)
     return tiles if rows == 128 else replace(tiles, splits=tuned.splits)
 
 

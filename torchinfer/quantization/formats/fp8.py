@@ -62,8 +62,9 @@ class Fp8:
         if self.block is not None:
             block_rows, block_columns = self.block
             row_block, groups = own_row_block(part_rows, block_rows), -(-columns // block_columns)
-            blocks = {"row_block": row_block, "column_block": block_columns}
-            scheme = Scheme(name="fp8", values=FP8[0], activations="fp8", **blocks)
+            scheme = Scheme(
+                name="fp8", values=FP8[0], row_block=row_block, column_block=block_columns, activations="fp8"
+            )
             repeats = block_rows if row_block == 1 else 1
             scale = scale_source(self.scale, lambda rows: ((-(-rows // block_rows), groups),), repeats)
             return named(scheme), (values, scale)
@@ -95,10 +96,11 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     input_scale = ".activation_scale" if ".activation_scale" in suffixes else ".input_scale"
     recipe = Fp8(scale, input_scale if is_static else None, block)
     ignored = (*settings.names("modules_to_not_convert"), *settings.names("ignored_layers"))
-    # How those of weights were rounded changes nothing: the tensors hold them as numbers.
+    # How scales of weights were rounded changes nothing: the tensors hold them as numbers.
     has_rounded_scales = settings.get("scale_fmt") == "ue8m0"
-    notes = (TOKENS_NOTE,) if block is None and not is_static else ()
-    notes += (SCALES_NOTE,) if block is not None and has_rounded_scales else ()
+    notes: tuple[str, ...] = ()
+    if not is_static:
+        notes = (TOKENS_NOTE,) if block is None else (SCALES_NOTE,) if has_rounded_scales else ()
     return Format("fp8", partial(by_dtype, recipe, dtypes, ignored), notes=notes)
 
 
