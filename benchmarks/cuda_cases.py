@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ EXPERTS = (8, 28672, 4096)  # of Mixtral 8x7B, gate and up
 ZEROS = Scheme(name="int4_zero", values=torch.uint8, column_block=128, has_zero=True)  # as AWQ and GPTQ have them
 HELD = SCHEMES | {ZEROS.name: ZEROS}
 MANY_ROWS = (1024, 2048, 8192)
-PEAKS = {"int8_w8a8": "int8", "fp8_w8a8": "fp8"}  # whose products are compared with which ceiling; bf16 otherwise
+# Whose products are compared with which ceiling; bf16 otherwise.
+PEAKS = {"int8_w8a8": "int8", "fp8_w8a8": "fp8", "fp8_block_w8a8": "fp8"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def full_cases() -> list[Case]:
     cases = [decode_case(rows, length, 128, name) for length in lengths for rows in (1, 16, 64) for name in FEWER_BITS]
     cases += [chunk_case(length, 128, name) for length in (2048, 8192) for name in FEWER_BITS]
     for shape in LINEAR:
-        few, many = ("int8", "fp8", "int4", "int4_w4a8"), ("int8_w8a8", "fp8_w8a8")
+        few, many = ("int8", "fp8", "int4", "int4_w4a8"), ("int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")
         cases += [linear_case(shape, *LINEAR[shape], s, n) for s in few for n in (1, 16, 64)]
         cases += [linear_case(shape, *LINEAR[shape], s, n) for s in many for n in (16, *MANY_ROWS)]
     cases += [grouped_case(*EXPERTS, s, n) for s in ("bf16", "int8", "fp8", "int4") for n in (2, 8, 32, 16384)]
@@ -62,14 +63,18 @@ def static_cases() -> list[Case]:
     cases += [decode_case(8, 4096, 128, name) for name in FEWER_BITS]
     cases += [decode_case(8, 4096, 64, "int8", 71, 1)]  # Falcon's, in tiles of 64 heads
     cases += [chunk_case(4096, size, name) for size, name in ((128, "bf16"), (128, "int8"), (256, "fp8"))]
-    few, many = ("int8", "fp8", "int4", "fp8_block"), ("int8", "int4", "int8_w8a8", "fp8_w8a8")
+    few, many = ("int8", "fp8", "int4", "fp8_block"), ("int8", "int4", "int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, n) for s in few for n in (1, 64)]
     cases += [linear_case("8b-gate_up", *LINEAR["8b-gate_up"], s, 4096) for s in many]
-    cases += [linear_case("8b-output", *LINEAR["8b-output"], s, 64) for s in ("int8", "fp8_block", "int8_w8a8")]
+    cases += [
+        linear_case("8b-output", *LINEAR["8b-output"], s, 64)
+        for s in ("int8", "fp8_block", "int8_w8a8", "fp8_block_w8a8")
+    ]
     cases += [grouped_case(*EXPERTS, s, n) for s, n in (("bf16", 16), ("int4", 16), ("bf16", 16384), ("fp8", 16384))]
     gate_up = ("8b-gate_up", *LINEAR["8b-gate_up"])
     cases += [linear_case(*gate_up, s, n) for s in ("int4_zero", "int4_w4a8") for n in (1, 4096)]
-    cases += [linear_case(*gate_up, "fp8_w8a8", n) for n in (1, 64)]
+    cases += [linear_case(*gate_up, s, n) for s in ("fp8_w8a8", "fp8_block_w8a8") for n in (1, 64)]
+    cases += [walking_case(*gate_up, s, 4096) for s in ("int8", "int8_w8a8", "fp8_w8a8", "fp8_block_w8a8")]
     return [*cases, *float32_cases(), *glue_cases(4096), *(rotate_case(16, name) for name in FEWER_BITS)]
 
 
@@ -84,6 +89,7 @@ def tiny_cases() -> list[Case]:
     """A case of each kind that an interpreter can run."""
     cases = [decode_case(2, 70, 32, "int8", heads=2, kv_heads=1), chunk_case(20, 32, "bf16", heads=2, kv_heads=1)]
     cases += [linear_case("tiny", 40, 128, scheme, 3) for scheme in ("int8", "int4", "int8_w8a8", "int4_zero")]
+    cases += [walking_case("tiny", 40, 256, "fp8_block_w8a8", 130)]
     return [*cases, grouped_case(2, 40, 128, "bf16", 5), *glue_cases(64), rotate_case(3, "int8", 5, 1, 32)]
 
 
@@ -148,6 +154,24 @@ def linear_case(
     return Case(
         f"linear{of_dtype} {scheme} {shape} {rows} rows", make, num_bytes, operations, PEAKS.get(scheme, "bf16")
     )
+
+
+def walking_case(shape: str, outputs: int, inputs: int, scheme: str, rows: int) -> Case:
+    """`linear_case` of many rows by programs that walk over tiles, without the rounding of rows."""
+    plain = linear_case(shape, outputs, inputs, scheme, rows)
+
+    def make(device: str) -> Callable[[], object]:
+        from torchinfer.kernels.cuda.matmul import multiply_rows, tiles_for
+        from torchinfer.kernels.cuda.matrix import as_matrix
+
+        matrix = as_matrix(prepared(scheme, (outputs, inputs), device))
+        x, scale = torch.ones(rows, inputs, device=device).bfloat16(), None
+        if matrix.activations != "none":
+            x, scale = x.to(matrix.rounded), torch.ones(matrix.row_scale_shape(rows), device=device)
+        tiles = replace(tiles_for(x, matrix, {}), per_processor=1)
+        return lambda: multiply_rows(x, scale, matrix, None, torch.bfloat16, tiles=tiles)
+
+    return replace(plain, name=f"walking {plain.name}", make=make)
 
 
 def grouped_case(experts: int, outputs: int, inputs: int, scheme: str, rows: int) -> Case:
@@ -228,6 +252,7 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
             inner = 7 * size // 2  # as wide as Llama 3's
             wide = torch.ones(rows, 2 * inner, device=device).bfloat16()
             qkv, down = (quantized("int8_w8a8", (64, columns), device) for columns in (size, inner))
+            qkv_block, down_block = (quantized("fp8_block_w8a8", (64, columns), device) for columns in (size, inner))
             reals = torch.full((rows,), 0.9, device=device)
             params = SamplingTensors(reals, torch.full_like(slot, 40), reals, reals / 9, reals)
             logits = torch.ones(rows, 32 * size, device=device)
@@ -238,6 +263,8 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
                 "sample": lambda: sample(logits, params, True),
                 "linear_of_norm": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv),
                 "linear_of_gated": lambda: linear_of_gated(wide, "silu", down),
+                "linear_of_norm in groups": lambda: linear_of_norm(x, x[0], 1e-6, 0.0, qkv_block),
+                "linear_of_gated in groups": lambda: linear_of_gated(wide, "silu", down_block),
                 "write_kv_pages": lambda: write_kv_pages(heads, heads, kv_cache, slot),
             }
             return calls[name]
@@ -245,5 +272,6 @@ def glue_cases(size: int, rows: int = 16) -> Iterator[Case]:
         return make_on
 
     names = ("rms_norm", "rotary_embedding", "gated_activation", "write_kv_pages", "sample")
-    for name in (*names, "linear_of_norm", "linear_of_gated"):
+    fused = [f"{name}{rounded}" for name in ("linear_of_norm", "linear_of_gated") for rounded in ("", " in groups")]
+    for name in (*names, *fused):
         yield Case(f"glue {name} {rows} x {size}", make(name), 4 * rows * size, 0, "bf16")

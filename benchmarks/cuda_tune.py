@@ -24,7 +24,7 @@ from cuda_kernels import COLD_BYTES, seconds_of
 from torch import Tensor
 
 MANY = 2048  # rows that tiles of 128 are measured with
-SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8,int4_w4a8"
+SCHEMES = "int8,fp8,int4,int8_w8a8,fp8_w8a8,fp8_block_w8a8,int4_w4a8"
 TINY = (40, 256)
 
 
@@ -87,7 +87,7 @@ def rows_of(matrix: object, num_rows: int) -> tuple[Tensor, Tensor | None]:
     x = torch.ones(num_rows, matrix.num_inputs, device=device)
     if matrix.activations == "none":
         return x.bfloat16(), None
-    return x.to(matrix.rounded), torch.ones(num_rows, device=device)
+    return x.to(matrix.rounded), torch.ones(matrix.row_scale_shape(num_rows), device=device)
 
 
 def timer(matrices: list) -> Callable[..., float | None]:

@@ -144,6 +144,11 @@ def test_groups_of_inputs_go_with_them_or_are_shared_by_neighbours(num_chips: in
             {"intermediate_size": 384, "head_dim": 128},
             "as fp8_block, 128 outputs share a scale, and a chip has 192: use fp8, or fewer chips",
         ),
+        (
+            "fp8_block_w8a8",
+            {"intermediate_size": 384, "head_dim": 128},
+            "as fp8_block_w8a8, 128 inputs share a scale, and a chip has 192: use a smaller group",
+        ),
     ],
 )
 def test_scales_that_would_belong_to_two_chips_are_refused(

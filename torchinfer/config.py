@@ -13,7 +13,7 @@ DEVICES = ("auto", "cpu", "cuda", "xla")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8", "fp8")
 SCHEMES = (  # and none
-    *("int8", "int8_w8a8", "fp8", "fp8_w8a8", "fp8_block"),
+    *("int8", "int8_w8a8", "fp8", "fp8_w8a8", "fp8_block", "fp8_block_w8a8"),
     *("int4", "int4_g64", "int4_g32", "int4_w4a8"),
 )
 MOE_MODES = ("dropless", "capacity")

@@ -42,11 +42,17 @@ class QuantizedWeight:
     scale: Tensor  # float32 [ceil(O / row_block), G]
     row_block: int  # outputs that share a scale
     column_block: int  # inputs that share a scale: a group
-    activations: str = "none"  # none, int8, fp8: what the inputs are rounded to, each token by its own scale
+    activations: str = "none"  # none, int8, fp8: what the inputs are rounded to, by scales as `input_group` has them
     zero: Tensor | None = None  # [O, G], uint8 with 4 bits, int8 with int8; None: 8 with 4 bits, else 0
     group_index: Tensor | None = None  # int32 [S, I], the group of each input; None: in order
     input_scale: Tensor | None = None  # float32 [S], the scale of all inputs in place of one a token
     part_rows: tuple[int, ...] = ()  # outputs of each of the S parts; empty: there is one
+
+    @property
+    def input_group(self) -> int:
+        """Inputs of a token that are rounded by a scale of their own: in e4m3 those of a group; 0: all of them."""
+        has_groups = self.scale.shape[-1] > 1 and self.input_scale is None
+        return self.column_block if self.activations == "fp8" and has_groups else 0
 
     def expert(self, index: int) -> QuantizedWeight:
         """The matrix of one expert."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchinfer import kernels
 from torchinfer.batch import Batch, KVCache
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
@@ -150,6 +151,28 @@ def moved(weight: QuantizedWeight, device: str) -> QuantizedWeight:
     """The same matrix on another device."""
     tensors = {name: getattr(weight, name) for name in ("values", "scale", "zero", "input_scale")}
     return replace(weight, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+
+
+def exact_product(
+    x: Tensor,  # [N, I]
+    weight: QuantizedWeight,  # [O, I], one part
+) -> Tensor:  # float64 [N, O]
+    """x times the transposed matrix, with inputs rounded as the matrix asks."""
+    inputs = x.double()
+    if weight.activations != "none":
+        group = weight.input_group or x.shape[1]
+        inputs = torch.cat([_rounded(part.float(), weight) for part in torch.split(x, group, 1)], 1)
+    return inputs @ kernels.dequantize(weight).double().T
+
+
+def _rounded(x: Tensor, weight: QuantizedWeight) -> Tensor:
+    """float64 of what 8 bits leave of inputs that share a scale."""
+    is_int8 = weight.activations == "int8"
+    least, largest = (-128.0, 127.0) if is_int8 else (-448.0, 448.0)
+    own = (x.abs().amax(1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = own if weight.input_scale is None else weight.input_scale
+    numbers = (x / scale).clamp(least, largest)
+    return (numbers.round() if is_int8 else numbers.to(torch.float8_e4m3fn)).double() * scale.double()
 
 
 def rows_beside_nan(rows: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

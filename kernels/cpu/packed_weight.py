@@ -91,10 +91,8 @@ def _num_columns(weight: QuantizedWeight) -> int:
 
 
 def _is_rounded_alike(weight: QuantizedWeight) -> bool:
-    """Integers times integers, or e4m3fn times e4m3fn without groups."""
-    if weight.values.dtype == torch.float8_e4m3fn:
-        return weight.activations == "fp8" and weight.scale.shape[-1] == 1
-    return weight.activations == "int8"
+    """Integers times integers, or e4m3fn times e4m3fn."""
+    return weight.activations == ("fp8" if weight.values.dtype == torch.float8_e4m3fn else "int8")
 
 
 def prepare(weight: Tensor | QuantizedWeight, may_overwrite: bool = False) -> PackedWeight | None:

@@ -35,7 +35,7 @@ def linear_of_gated(
     rows = with_dense_columns(gate_up)
     matrix = as_matrix(weight)
     numbers = torch.empty(num_rows, size, dtype=matrix.rounded, device=gate_up.device)
-    scale = torch.empty(num_rows, device=gate_up.device)
+    scale = torch.empty(matrix.row_scale_shape(num_rows), device=gate_up.device)
     block = triton.next_power_of_2(size)
     gate_and_round_kernel[(num_rows,)](
         rows,
@@ -44,6 +44,7 @@ def linear_of_gated(
         size,
         rows.stride(0),
         ACTIVATION=activation,
+        GROUP=matrix.input_group,
         BLOCK_SIZE=block,
         num_warps=4 if block <= 2048 else 8 if block <= 4096 else 16,
     )
@@ -54,10 +55,11 @@ def linear_of_gated(
 def gate_and_round_kernel(
     gate_up: tl.tensor,  # [N, 2 * F]
     numbers: tl.tensor,  # [N, F] int8, e4m3, or bfloat16: integers of int8; written
-    scale: tl.tensor,  # [N], written
+    scale: tl.tensor,  # [N] or [groups, N], written
     size: tl.tensor,
     stride: tl.tensor,
     ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
     """A program computes a row and rounds it. Numbers are rounded to the dtype of the row on the way, as one by one."""
@@ -69,4 +71,4 @@ def gate_and_round_kernel(
     up = tl.load(place + size, mask=is_there, other=0.0)
     product = gated(gate, up, ACTIVATION, gate_up.dtype.element_ty)
     product = product.to(gate_up.dtype.element_ty).to(tl.float32)
-    store_rounded(product, numbers, scale, row, column, size, False)
+    store_rounded(product, numbers, scale, row, column, size, False, GROUP)

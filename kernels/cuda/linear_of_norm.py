@@ -35,7 +35,7 @@ def linear_of_norm(
     rows = with_dense_columns(x)
     matrix = as_matrix(weight)
     numbers = torch.empty(x.shape, dtype=matrix.rounded, device=x.device)
-    scale = torch.empty(len(x), device=x.device)
+    scale = torch.empty(matrix.row_scale_shape(len(x)), device=x.device)
     block = triton.next_power_of_2(x.shape[1])
     norm_and_round_kernel[(len(x),)](
         rows,
@@ -47,6 +47,7 @@ def linear_of_norm(
         epsilon,
         offset,
         HAS_OFFSET=offset != 0,
+        GROUP=matrix.input_group,
         BLOCK_SIZE=block,
         num_warps=NUM_WARPS.get(max(block, BLOCK), 16),
     )
@@ -58,12 +59,13 @@ def norm_and_round_kernel(
     x: tl.tensor,  # [N, I]
     weight: tl.tensor,  # [I]
     numbers: tl.tensor,  # [N, I] int8, e4m3, or bfloat16: integers of int8; written
-    scale: tl.tensor,  # [N], written
+    scale: tl.tensor,  # [N] or [groups, N], written
     size: tl.tensor,
     stride: tl.tensor,
     epsilon: tl.tensor,
     offset: tl.tensor,
     HAS_OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
     """A program normalizes a row and rounds it."""
@@ -73,4 +75,4 @@ def norm_and_round_kernel(
     own = tl.load(x + row * stride + column, mask=is_there, other=0.0).to(tl.float32)
     factor = tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
     normalized = normalize(own, factor, size, epsilon, offset, HAS_OFFSET, x.dtype.element_ty).to(tl.float32)
-    store_rounded(normalized, numbers, scale, row, column, size, False)
+    store_rounded(normalized, numbers, scale, row, column, size, False, GROUP)

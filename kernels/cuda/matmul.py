@@ -1,4 +1,4 @@
-"""The launch of `matmul_kernel`."""
+"""The launches of `matmul_kernel` and `persistent_matmul_kernel`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torchinfer.kernels.cuda.launch import DTYPES, require
 from torchinfer.kernels.cuda.library_matmul import has_library, library_matmul
 from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel, sum_splits_kernel
 from torchinfer.kernels.cuda.matrix import RUN, Matrix
+from torchinfer.kernels.cuda.persistent_kernel import persistent_matmul_kernel
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 from torchinfer.kernels.cuda.tiles import Product, Tiles, choose_tiles, num_processors
 from torchinfer.kernels.cuda.tuned_table import Key, Tuned, load_table
@@ -36,13 +37,13 @@ def multiply(
     if matrix.activations == "none":
         return multiply_rows(x, None, matrix, group_sizes, x.dtype, activation)
     _require_fit(x, matrix, group_sizes)  # before rows are rounded
-    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale)
+    rounded, row_scale = quantize_rows(x, matrix.rounded, input_scale, matrix.input_group)
     return multiply_rows(rounded, row_scale, matrix, group_sizes, x.dtype, activation)
 
 
 def multiply_rows(
     x: Tensor,  # [N, I], as it is multiplied
-    row_scale: Tensor | None,  # float32 [N], of rows in 8 bits
+    row_scale: Tensor | None,  # float32, of rows in 8 bits: `Matrix.row_scale_shape`
     matrix: Matrix,  # [O, I], or [E, O, I] with group_sizes
     group_sizes: Tensor | None,  # int32 [E]
     dtype: torch.dtype,  # of the result
@@ -51,6 +52,9 @@ def multiply_rows(
 ) -> Tensor:
     """`multiply` of rows that were rounded before, where the matrix asks for that."""
     _require_fit(x, matrix, group_sizes)
+    if row_scale is not None:
+        shape = matrix.row_scale_shape(len(x))
+        require(row_scale.shape == shape and row_scale.is_contiguous(), f"rows have scales {list(shape)}", row_scale, x)
     num_rows, num_outputs = len(x), matrix.values.shape[-2]
     num_results = num_outputs if activation == "none" else num_outputs // 2
     result = torch.empty(num_rows, num_results, dtype=dtype, device=x.device)
@@ -109,7 +113,7 @@ def device_name(device: torch.device) -> str:
 
 def _launch(
     x: Tensor,  # [N, I]
-    row_scale: Tensor | None,  # [N]
+    row_scale: Tensor | None,  # [N] or [G, N]
     matrix: Matrix,
     group_sizes: Tensor | None,
     tiles: Tiles,
@@ -117,21 +121,29 @@ def _launch(
     activation: str,
 ) -> None:
     num_rows, num_outputs, num_results = len(x), matrix.values.shape[-2], result.shape[-1]
-    num_groups = 0 if group_sizes is None else len(group_sizes)
-    num_row_blocks = num_rows // tiles.rows + min(num_groups + 1, num_rows)
-    num_blocks = triton.cdiv(num_results, tiles.outputs * num_results // num_outputs)
-    matmul_kernel[(num_row_blocks * num_blocks, tiles.splits)](
-        x=x,
-        row_scale=row_scale,
-        result=result,
-        num_rows=num_rows,
-        num_row_blocks=num_row_blocks,
-        stride=x.stride(0),
-        HAS_ROW_SCALE=row_scale is not None,
-        ACTIVATION=activation,
-        SUM=tl.int32 if x.dtype == torch.int8 else tl.float32,
-        **_of_groups(group_sizes),
+    num_row_blocks = triton.cdiv(num_rows, tiles.rows)
+    if group_sizes is not None:  # a block of each may be cut, and so may that of the rows in none
+        num_row_blocks = num_rows // tiles.rows + min(len(group_sizes) + 1, num_rows)
+    num_tiles = num_row_blocks * triton.cdiv(num_results, tiles.outputs * num_results // num_outputs)
+    arguments = {
+        "x": x,
+        "row_scale": row_scale,
+        "result": result,
+        "num_rows": num_rows,
+        "num_row_blocks": num_row_blocks,
+        "stride": x.stride(0),
+        "HAS_ROW_SCALE": row_scale is not None,
+        "HAS_ROW_GROUPS": row_scale is not None and matrix.input_group > 0,
+        "IS_ONE_SCALE": activation == "none" and matrix.row_block % tiles.outputs == 0,
+        "SUM": tl.int32 if x.dtype == torch.int8 else tl.float32,
         **_of_matrix(matrix, tiles),
+    }
+    if tiles.per_processor and group_sizes is None and activation == "none" and tiles.splits == 1:
+        num_programs = min(num_tiles, tiles.per_processor * num_processors(x.device))
+        persistent_matmul_kernel[(num_programs,)](**arguments)
+        return
+    matmul_kernel[(num_tiles, tiles.splits)](
+        **arguments, **_of_groups(group_sizes), ACTIVATION=activation, IS_SPLIT=tiles.splits > 1
     )
 
 
@@ -164,7 +176,6 @@ def _of_matrix(matrix: Matrix, tiles: Tiles) -> dict[str, Any]:
         "RUN": RUN if matrix.is_packed else 1,
         "IS_EVEN": num_inputs % tiles.inputs == 0,
         "ROWS_LAST": tiles.rows_last,
-        "IS_SPLIT": tiles.splits > 1,
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
     }

@@ -74,6 +74,15 @@ class Matrix:
         return NIBBLE_ROWS if self.is_nibbles else ACTIVATIONS[self.activations]
 
     @property
+    def input_group(self) -> int:
+        """Inputs of a row that are rounded by a scale of their own; 0: all of them."""
+        return self.group if self.activations == "fp8" and self.input_scale is None else 0
+
+    def row_scale_shape(self, num_rows: int) -> tuple[int, ...]:
+        """Of the scales of rows in 8 bits: [N], or where they are rounded in groups [G, N]."""
+        return (-(-self.num_inputs // self.input_group), num_rows) if self.input_group else (num_rows,)
+
+    @property
     def format(self) -> str:
         """int8, float8_e4m3fn-g128, int4-g128-zero, int8-rows: numbers, groups, zeros, rows that are rounded, too."""
         name = "int4" if self.is_nibbles else str(self.values.dtype).removeprefix("torch.")
@@ -107,5 +116,5 @@ def has_tiles(weight: QuantizedWeight) -> bool:
         return is_known
     if weight.values.dtype == torch.uint8:
         return is_known and weight.activations == "int8"
-    is_known = is_known and is_whole and weight.zero is None and weight.row_block == 1
-    return is_known and weight.values.dtype == ACTIVATIONS[weight.activations]
+    is_known = is_known and weight.zero is None and weight.values.dtype == ACTIVATIONS[weight.activations]
+    return is_known and (weight.activations == "fp8" or (is_whole and weight.row_block == 1))

@@ -1,4 +1,4 @@
-"""Rows of numbers in 8 bits, each by its own largest number, bit for bit as the reference rounds them.
+"""Rows of numbers in 8 bits, each or each group of it by its own largest number, to the bits of the reference.
 
 The rounding is spelled out in float32, so that neither the card's conversion nor the interpreter's decides it.
 """
@@ -20,13 +20,18 @@ def quantize_rows(
     rows: Tensor,  # [N, D]
     dtype: torch.dtype,  # int8 or float8_e4m3fn; bfloat16: the integers of int8
     scale: Tensor | None = None,  # float32 [N] or [1]: in place of the rows' own
-) -> tuple[Tensor, Tensor]:  # [N, D] of dtype, [N] float32
+    group: int = 0,  # numbers that have a scale of their own, a power of two; 0: all of a row. Not with `scale`
+) -> tuple[Tensor, Tensor]:  # [N, D] of dtype, [N] or [ceil(D / group), N] float32
     """Round to nearest, ties to even; numbers beyond a given scale are cut off."""
     rows = with_dense_columns(rows)
     num_rows, size = rows.shape
     numbers = torch.empty(rows.shape, dtype=dtype, device=rows.device)
     given = scale
-    scale = torch.empty(num_rows, device=rows.device) if given is None else given.expand(num_rows).contiguous()
+    if given is None:
+        shape = (triton.cdiv(size, group), num_rows) if group else (num_rows,)
+        scale = torch.empty(shape, device=rows.device)
+    else:
+        scale = given.expand(num_rows).contiguous()
     if num_rows:
         quantize_rows_kernel[(num_rows,)](
             rows,
@@ -35,6 +40,7 @@ def quantize_rows(
             size,
             rows.stride(0),
             HAS_SCALE=given is not None,
+            GROUP=group,
             BLOCK=triton.next_power_of_2(size),
             num_warps=4 if size <= 4096 else 8,
         )
@@ -45,37 +51,43 @@ def quantize_rows(
 def quantize_rows_kernel(
     rows: tl.tensor,  # [N, D]
     numbers: tl.tensor,  # [N, D] int8, e4m3, or bfloat16: integers of int8
-    scale: tl.tensor,  # [N], read where HAS_SCALE, else written
+    scale: tl.tensor,  # [N] or [groups, N], read where HAS_SCALE, else written
     size: tl.tensor,
     stride: tl.tensor,
     HAS_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """A program rounds a row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     x = tl.load(rows + row * stride + column, mask=column < size, other=0.0).to(tl.float32)
-    store_rounded(x, numbers, scale, row, column, size, HAS_SCALE)
+    store_rounded(x, numbers, scale, row, column, size, HAS_SCALE, GROUP)
 
 
 @triton.jit
 def store_rounded(
-    x: tl.tensor,  # [1, D] float32
+    x: tl.tensor,  # [1, D] float32, zeros past the end
     numbers: tl.tensor,  # [N, D] int8, e4m3, or bfloat16: integers of int8; its row written
-    scale: tl.tensor,  # [N], the row's read where HAS_SCALE, else written
-    row: tl.tensor,
+    scale: tl.tensor,  # [N] or [groups, N], the row's read where HAS_SCALE, else written
+    row: tl.tensor,  # N is the number of programs
     column: tl.tensor,  # [1, D]
     size: tl.tensor,
     HAS_SCALE: tl.constexpr,
+    GROUP: tl.constexpr,  # numbers that have a scale of their own; 0: all of a row
 ) -> None:
     """Round a row and write it."""
-    place = scale + row + tl.arange(0, 1)
+    NUM_GROUPS: tl.constexpr = x.shape[1] // GROUP if GROUP > 0 else 1
+    groups = tl.reshape(x, (NUM_GROUPS, x.shape[1] // NUM_GROUPS))
+    group = tl.arange(0, NUM_GROUPS)
+    place = scale + group * tl.num_programs(0) + row
     if HAS_SCALE:
-        row_scale = tl.load(place)
+        group_scale = tl.load(place)
     else:
-        row_scale = scale_of(x, numbers.dtype.element_ty)
-        tl.store(place, row_scale)
-    tl.store(numbers + row * size + column, to_8_bits(x, row_scale, numbers.dtype.element_ty), mask=column < size)
+        group_scale = scale_of(groups, numbers.dtype.element_ty)
+        tl.store(place, group_scale, mask=group * groups.shape[1] < size)
+    rounded = tl.reshape(to_8_bits(groups, group_scale, numbers.dtype.element_ty), x.shape)
+    tl.store(numbers + row * size + column, rounded, mask=column < size)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The rule is made from what the compiler says of registers, shared memory and instructions on Hopper: few rows take tiles
 of all rows and few outputs, and split the inputs where outputs are few, so that many programs read the matrix at once;
-many rows take square tiles.
+many rows take square tiles. The table may have these computed by fewer programs that walk over them.
 
 Up to 64 rows the steps of a sum are the same whatever the number of rows, so that others do not change a row: 128
 inputs (or a group), added in the same spans. Neither the rule nor the table can say otherwise: rows choose the block of
@@ -36,6 +36,7 @@ class Tiles:
     num_stages: int
     splits: int = 1  # spans of inputs, each another program's
     rows_last: bool = False  # whether the matrix unit takes the matrix, as it is read, from registers
+    per_processor: int = 0  # programs of a multiprocessor that walk over tiles; 0: a program for each tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def choose_tiles(product: Product, num_rows: int, num_processors: int, tuned: Tu
     launch = tuned.launches.get(rows)
     if launch is not None:
         tiles = replace(tiles, outputs=launch.outputs, num_warps=launch.warps, num_stages=launch.stages)
+        tiles = replace(tiles, per_processor=launch.per_processor)
     return tiles if rows == 128 else replace(tiles, splits=tuned.splits)
 
 

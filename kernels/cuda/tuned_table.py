@@ -1,11 +1,13 @@
 """The table of launches that were measured: by card and matrix, in `tuned.json`, which ships with the package.
 
     {"NVIDIA H200": [{"format": "int4-g128", "outputs": 4096, "inputs": 4096, "matrices": 1, "splits": 4,
-                      "library_rows": 0, "launches": {"8": {"outputs": 64, "warps": 2, "stages": 4}, ...}}]}
+                      "library_rows": 0,
+                      "launches": {"8": {"outputs": 64, "warps": 2, "stages": 4, "per_processor": 0}, ...}}]}
 
 `launches` has those of tiles of 8, 16, 32, 64 and 128 rows; what is missing is the rule's (`tiles.py`). `splits` is for
-all tiles of up to 64 rows. From `library_rows` on, above 64 and 0 for never, torch's own product is the faster one
-(`library_matmul.py`). `benchmarks/cuda_tune.py` writes it, on a card.
+all tiles of up to 64 rows. `per_processor` is how many programs of a multiprocessor walk over the tiles of 128 rows of
+one matrix (`persistent_kernel.py`); with 0 each tile has its own. From `library_rows` on, above 64 and 0 for never,
+torch's own product is the faster one (`library_matmul.py`). `benchmarks/cuda_tune.py` writes it, on a card.
 """
 
 from __future__ import annotations
@@ -18,8 +20,14 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("tuned.json")
 ROWS = (8, 16, 32, 64, 128)  # of tiles
-CHOICES = {"outputs": (16, 32, 64, 128, 256), "warps": (1, 2, 4, 8), "stages": tuple(range(1, 9))}
+CHOICES = {
+    "outputs": (16, 32, 64, 128, 256),
+    "warps": (1, 2, 4, 8),
+    "stages": tuple(range(1, 9)),
+    "per_processor": (0, 1, 2),
+}
 SPLITS = (1, 2, 4, 8, 16)
+MANY_ROWS = ROWS[-1]  # of a tile, where there are more than MOST_FEW_ROWS
 MOST_FEW_ROWS = 64  # up to which the bits of a row do not depend on the others
 
 Key = tuple[str, str, int, int, int]  # card, format, outputs, inputs, matrices
@@ -32,6 +40,7 @@ class Launch:
     outputs: int  # of a program
     warps: int
     stages: int  # steps that are loaded ahead, plus one
+    per_processor: int = 0  # programs of a multiprocessor that walk over tiles; 0: a program for each tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,10 @@ def _entry(path: Path, card: str, found: Any) -> tuple[Key, Tuned]:
         rule = f"a whole number above {MOST_FEW_ROWS}, or 0 for never"
         raise _refuse(path, f"library_rows of {place}", library_rows, rule)
     launches = dict(_launch(path, place, rows, launch) for rows, launch in found["launches"].items())
+    for rows, launch in launches.items():
+        if launch.per_processor and (rows < MANY_ROWS or found["matrices"] > 1):
+            rule = f"0 but for {MANY_ROWS} rows of one matrix"
+            raise _refuse(path, f"per_processor for {rows} rows of {place}", launch.per_processor, rule)
     key = card, found["format"], found["outputs"], found["inputs"], found["matrices"]
     return key, Tuned(found["splits"], launches, library_rows)
 

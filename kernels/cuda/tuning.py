@@ -1,8 +1,8 @@
 """The search for the launches of a matrix that take the least time, whoever measures it.
 
 First splits, the same for all numbers of rows, since a row's sums must not depend on how many rows come with it: those
-that lose least, each number of rows against its own best. Then for each number of rows outputs and warps, then stages.
-At last torch's own product against the best launch for many rows.
+that lose least, each number of rows against its own best. Then for each number of rows outputs and warps, then stages;
+for many, whether programs walk over tiles. At last torch's own product against the best launch for many rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torchinfer.kernels.cuda.tiles import LEAST_SPAN, Product, Tiles, choose_tiles
-from torchinfer.kernels.cuda.tuned_table import ROWS, SPLITS, Launch, Tuned
+from torchinfer.kernels.cuda.tuned_table import MANY_ROWS, ROWS, SPLITS, Launch, Tuned
 
 OUTPUTS = (32, 64, 128)
 STAGES = (2, 3, 4, 5, 6)
@@ -37,7 +37,11 @@ def search(
         shapes = [replace(start, outputs=o, num_warps=w) for o in OUTPUTS for w in warps(start)]
         best = fastest([start, *shapes], rows, seconds)
         best = fastest([best, *(replace(best, num_stages=stages) for stages in STAGES)], rows, seconds)
-        launches[rows] = Launch(best.outputs, best.num_warps, best.num_stages)
+        if rows == MANY_ROWS and product.num_matrices == 1:
+            # Their loads go on behind a tile, so that other steps ahead may be the best.
+            walking = [replace(best, per_processor=n, num_stages=s) for n in (1, 2) for s in STAGES]
+            best = fastest([best, *walking], rows, seconds)
+        launches[rows] = Launch(best.outputs, best.num_warps, best.num_stages, best.per_processor)
     # `best` is that of 128 rows, the last.
     return Tuned(splits, launches, least_library_rows(best, seconds, library_seconds))
 

@@ -2,7 +2,8 @@
 
 Weight-only: int8 and float8 numbers are exact in bfloat16 and float32, so a scale of a whole output is applied to the
 product. With quantized activations the integers are multiplied exactly and summed in int32 (arXiv 2208.07339); where
-groups of inputs have scales of their own, they are sums of float32.
+groups of inputs have scales of their own, they are sums of float32. Inputs that are rounded in groups, as in arXiv
+2412.19437, section 3.3, are multiplied as the numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchinfer.kernels.reference.dequantize import dequantize
-from torchinfer.kernels.reference.quantize_rows import quantize_rows
+from torchinfer.kernels.reference.quantize_rows import quantize_rows, round_groups
 
 if TYPE_CHECKING:
     from torchinfer.quantized_weight import QuantizedWeight
@@ -33,8 +34,11 @@ def quantized_matmul(
         return _weight_only(x, weight)
     if weight.input_scale is not None and len(weight.part_rows) > 1:
         return torch.cat([quantized_matmul(x, part) for part in weight.parts()], 1)
+    if weight.input_group:
+        rounded = round_groups(x, DTYPES[weight.activations], weight.input_group)
+        return functional.linear(rounded, dequantize(weight)).to(x.dtype)
     numbers, input_scale = quantize_rows(x, DTYPES[weight.activations], weight.input_scale)
-    if weight.scale.shape[1] > 1 or weight.values.dtype == torch.uint8:
+    if weight.scale.shape != (weight.values.shape[0], 1) or weight.values.dtype == torch.uint8:
         return (functional.linear(numbers.float(), dequantize(weight)) * input_scale[:, None]).to(x.dtype)
     if weight.activations == "int8":
         product = _integer_product(numbers, weight.values).float()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchinfer.kernels.reference.gated_activation import gated_activation
-from torchinfer.kernels.reference.quantize_rows import quantize_rows
+from torchinfer.kernels.reference.quantize_rows import quantize_rows, round_groups
 from torchinfer.kernels.reference.quantized_matmul import DTYPES
 from torchinfer.kernels.tpu.exported import Shapes, dtype_name, export_for_tpu, shapes_of
 from torchinfer.kernels.tpu.matmul_plan import MatmulConfig, can_gate, make_config
@@ -33,7 +33,9 @@ def matmul(
 ) -> Tensor:  # [N, O], or [N, O / 2]
     """x times the transposed matrix, or its rows times those of their experts; then activation(first half) * second."""
     numbers, input_scale = x, None
-    if weight.activations != "none":
+    if weight.input_group:  # what they stand for: the kernel has no scales of rows within a sum
+        numbers = round_groups(x, DTYPES[weight.activations], weight.input_group).to(x.dtype)
+    elif weight.activations != "none":
         numbers, input_scale = quantize_rows(x, DTYPES[weight.activations], weight.input_scale)
         input_scale = input_scale.expand(x.shape[0])
         if weight.activations == "fp8":  # torch_xla has e4m3 in no products, and what it stands for is exact

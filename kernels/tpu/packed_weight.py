@@ -38,6 +38,7 @@ class PackedWeight:
     activations: str  # none, int8, fp8
     input_scale: Tensor | None  # float32 [1], of all inputs in place of one a token
     num_cores: int  # of the chip that runs the kernel; 0: XLA's own operations
+    input_group: int = 0  # inputs of a token that are rounded to e4m3 by a scale of their own; 0: all of them
 
     def numel(self) -> int:
         """Numbers that the matrix stands for."""
@@ -95,4 +96,5 @@ def prepare(weight: Tensor | QuantizedWeight, num_cores: int) -> PackedWeight | 
     scale = functional.pad(scale, (0, words.shape[-1] - shape[-2]))
     if len(shape) == 2:
         words, scale = words[None], scale[None]
-    return PackedWeight(tuple(shape), name, words, scale, shift, weight.activations, weight.input_scale, num_cores)
+    inputs = weight.activations, weight.input_scale, num_cores, weight.input_group
+    return PackedWeight(tuple(shape), name, words, scale, shift, *inputs)

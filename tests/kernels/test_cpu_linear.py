@@ -13,13 +13,10 @@ from torchinfer.kernels.cpu import library
 from torchinfer.kernels.cpu.grouped_matmul import grouped_matmul
 from torchinfer.kernels.cpu.linear import linear
 from torchinfer.kernels.cpu.packed_weight import can_prepare, prepare
-from torchinfer.kernels.reference.dequantize import dequantize
-from torchinfer.kernels.reference.quantize_rows import quantize_rows
-from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.kernels.reference.quantized_matmul import quantized_matmul
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import assert_close
+from torchinfer.testing import assert_close, exact_product
 
 pytestmark = pytest.mark.skipif(library.open_library() is None, reason="the CPU library is not built")
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,10 +41,7 @@ def exact(x: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:
     """float64, with inputs rounded as the weight asks."""
     if isinstance(weight, Tensor):
         return x.double() @ weight.double().T
-    if weight.activations != "none":
-        numbers, scale = quantize_rows(x, ROUNDED[weight.activations], weight.input_scale)
-        return numbers.double() * scale.double()[..., None] @ dequantize(weight).double().T
-    return x.double() @ dequantize(weight).double().T
+    return exact_product(x, weight)
 
 
 def fits(name: str, columns: int) -> bool:
@@ -84,7 +78,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(level, num_threads, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["int8", "fp8_block", "int4_g32", "int4_w4a8"])
+@pytest.mark.parametrize("name", ["int8", "fp8_block", "fp8_block_w8a8", "int4_g32", "int4_w4a8"])
 def test_a_row_of_planes_has_the_same_bits_alone_and_among_others(level, name, dtype):
     x, prepared = make_input(9, 384, dtype), prepare(make_weight(name, 70, 384))
     alone = torch.cat([linear(row[None], prepared, None) for row in x])

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -18,13 +17,10 @@ from torchinfer.kernels.cuda.matrix import as_matrix
 from torchinfer.kernels.cuda.packed_weight import prepare
 from torchinfer.kernels.cuda.paged_attention import paged_attention
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
-from torchinfer.kernels.reference.dequantize import dequantize
-from torchinfer.kernels.reference.quantize_rows import quantize_rows
-from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.kernels.reference.write_kv_pages import write_kv_pages
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import Row, assert_close, make_batch
+from torchinfer.testing import Row, assert_close, exact_product, make_batch
 
 HEADS, KV_HEADS, HEAD_SIZE, PAGE_SIZE = 32, 8, 128, 16
 
@@ -58,19 +54,12 @@ def make_weight(name: str, outputs: int, inputs: int, device: str) -> QuantizedW
     return SCHEMES[name].weight(dict(SCHEMES[name].pack(weight)), inputs, ())
 
 
-def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    if weight.activations == "none":
-        return x.double() @ dequantize(weight).double().T
-    numbers, scale = quantize_rows(x, ROUNDED[weight.activations], None)
-    return numbers.float().double() * scale.double()[..., None] @ dequantize(weight).double().T
-
-
 @pytest.mark.parametrize("shape", SHAPES.linear, ids=str)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_products(gpu: str, name: str, shape: tuple[int, int]) -> None:
     weight = make_weight(name, *shape, gpu)
     x = torch.randn(max(SHAPES.rows), shape[1], device=gpu).bfloat16()
-    expected, held = exact(x, weight), prepare(weight) or weight
+    expected, held = exact_product(x, weight), prepare(weight) or weight
     for rows in SHAPES.rows:
         actual = quantized_matmul(x[:rows], held)
         assert_close(actual, expected[:rows])
@@ -87,7 +76,7 @@ def test_experts(gpu: str, name: str) -> None:
     for sizes in ([2, 0, *[1] * (num_experts - 2)], [130, 3, *[40] * (num_experts - 2)]):
         x = torch.randn(sum(sizes), shape[1], device=gpu).bfloat16()
         parts = zip(torch.split(x, sizes), matrices, strict=True)
-        expected = torch.cat([exact(rows, one) for rows, one in parts])
+        expected = torch.cat([exact_product(rows, one) for rows, one in parts])
         held = prepare(together) or as_matrix(together)
         actual = grouped_matmul(x, held, torch.tensor(sizes, dtype=torch.int32, device=gpu))
         assert_close(actual, expected)

@@ -25,7 +25,7 @@ from torchinfer.testing import assert_close
 
 SHAPES = [(1, 128, 64), (5, 250, 33), (7, 1100, 12)]  # rows, inputs (whole groups of them with 4 bits), outputs
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROUNDING = ["int8_w8a8", "fp8_w8a8", "int4_w4a8"]
+ROUNDING = ["int8_w8a8", "fp8_w8a8", "fp8_block_w8a8", "int4_w4a8"]
 
 
 def make_weight(name: str, rows: int, columns: int, device: str) -> QuantizedWeight:

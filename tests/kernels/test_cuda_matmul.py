@@ -14,13 +14,10 @@ from torchinfer.kernels.cuda.grouped_gated_matmul import grouped_gated_matmul
 from torchinfer.kernels.cuda.grouped_matmul import grouped_matmul
 from torchinfer.kernels.cuda.matrix import is_supported
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
-from torchinfer.kernels.reference.dequantize import dequantize
 from torchinfer.kernels.reference.gated_activation import gated_activation
-from torchinfer.kernels.reference.quantize_rows import quantize_rows
-from torchinfer.kernels.reference.quantized_matmul import DTYPES as ROUNDED
 from torchinfer.quantization import SCHEMES
 from torchinfer.quantized_weight import QuantizedWeight
-from torchinfer.testing import assert_close, moved, random_matrix
+from torchinfer.testing import assert_close, exact_product, moved, random_matrix
 
 # Rows, inputs, outputs: tiles of 16 to 64 rows, square ones of 128; whole and cut in each direction.
 SHAPES = [(1, 128, 64), (5, 250, 33), (33, 384, 70), (130, 64, 34)]
@@ -39,19 +36,11 @@ def make_input(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> 
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(7)).to(dtype)
 
 
-def exact(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """float64, with inputs rounded as the weight asks."""
-    if weight.activations == "none":
-        return x.double() @ dequantize(weight).double().T
-    numbers, scale = quantize_rows(x, ROUNDED[weight.activations], weight.input_scale)
-    return numbers.double() * scale.double()[..., None] @ dequantize(weight).double().T
-
-
 def check(gpu: str, x: Tensor, weight: QuantizedWeight) -> None:
     assert is_supported(x, weight)
     actual = quantized_matmul(x.to(gpu), moved(weight, gpu)).cpu()
     assert actual.dtype == x.dtype
-    assert_close(actual, exact(x, weight))
+    assert_close(actual, exact_product(x, weight))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -82,7 +71,7 @@ def test_scales_of_inputs_that_were_given_beforehand(gpu: str, name: str) -> Non
     check(gpu, make_input(5, 128), replace(weight, input_scale=torch.tensor([0.02])))
     parts = replace(weight, input_scale=torch.tensor([0.02, 0.01]), part_rows=(33, 37))
     x = make_input(5, 128)
-    expected = torch.cat([exact(x, part) for part in parts.parts()], 1)
+    expected = torch.cat([exact_product(x, part) for part in parts.parts()], 1)
     assert_close(quantized_matmul(x.to(gpu), moved(parts, gpu)).cpu(), expected)
 
 
@@ -93,10 +82,10 @@ def test_what_no_tile_fits_goes_to_the_reference(gpu: str) -> None:
     odd = QuantizedWeight(torch.ones(8, 128, dtype=torch.int8), torch.ones(8, 6), 1, 24)
     for one in (weight, odd):
         assert not is_supported(x, one)
-    assert_close(quantized_matmul(x, odd), exact(x, odd))
+    assert_close(quantized_matmul(x, odd), exact_product(x, odd))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4_g64", "fp8_block", "int8_w8a8", "int4_w4a8"])
+@pytest.mark.parametrize("name", ["int8", "int4_g64", "fp8_block", "int8_w8a8", "fp8_block_w8a8", "int4_w4a8"])
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_that_takes_the_same_tile(gpu: str, name: str) -> None:
     x, weight = make_input(13, 256).to(gpu), moved(random_matrix(name, 70, 256), gpu)
     together = quantized_matmul(x, weight)
@@ -128,20 +117,20 @@ def test_quantized_groups_equal_float64(gpu: str, name: str) -> None:
     weight = experts([random_matrix(name, 37, 128, seed) for seed in range(4)])
     sizes, x = SIZES[0], make_input(23, 128)
     actual = grouped_matmul(x.to(gpu), moved(weight, gpu), torch.tensor(sizes, dtype=torch.int32, device=gpu)).cpu()
-    assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact(rows, weight.expert(group))))
+    assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact_product(rows, weight.expert(group))))
 
 
-@pytest.mark.parametrize("name", ["int8_w8a8", "fp8_w8a8", "int4_w4a8"])
+@pytest.mark.parametrize("name", ["int8_w8a8", "fp8_w8a8", "fp8_block_w8a8", "int4_w4a8"])
 def test_each_group_may_have_a_scale_of_inputs(gpu: str, name: str) -> None:
     matrices = [random_matrix(name, 37, 128, seed) for seed in range(4)]
     weight = experts([replace(m, input_scale=torch.tensor([0.01 * (i + 1)])) for i, m in enumerate(matrices)])
     sizes, x = SIZES[0], make_input(23, 128)
     actual = grouped_matmul(x.to(gpu), moved(weight, gpu), torch.tensor(sizes, dtype=torch.int32, device=gpu)).cpu()
-    assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact(rows, weight.expert(group))))
+    assert_close(actual, by_group(x, sizes, 37, lambda rows, group: exact_product(rows, weight.expert(group))))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4", "int8_w8a8", "int4_w4a8"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4", "int8_w8a8", "fp8_block_w8a8", "int4_w4a8"])
 def test_gated_groups_equal_float64(gpu: str, name: str, activation: str) -> None:
     sizes, x = SIZES[0], make_input(23, 128)
     group_sizes = torch.tensor(sizes, dtype=torch.int32, device=gpu)
@@ -152,7 +141,7 @@ def test_gated_groups_equal_float64(gpu: str, name: str, activation: str) -> Non
     else:
         weight = experts([random_matrix(name, 74, 128, seed) for seed in range(4)])
         actual = grouped_gated_matmul(x.to(gpu), moved(weight, gpu), group_sizes, activation).cpu()
-        products = by_group(x, sizes, 74, lambda rows, group: exact(rows, weight.expert(group)))
+        products = by_group(x, sizes, 74, lambda rows, group: exact_product(rows, weight.expert(group)))
     assert_close(actual, gated_activation(products, activation))
 
 

@@ -14,6 +14,7 @@ from torchinfer.kernels.cuda.rms_norm import rms_norm
 from torchinfer.kernels.cuda.rotary_embedding import rotary_embedding
 from torchinfer.kernels.cuda.write_kv_pages import write_kv_pages
 from torchinfer.kernels.reference.gated_activation import gated_activation as activation_reference
+from torchinfer.kernels.reference.quantize_rows import quantize_groups
 from torchinfer.kernels.reference.quantize_rows import quantize_rows as rows_reference
 from torchinfer.kernels.reference.rms_norm import rms_norm as norm_reference
 from torchinfer.kernels.reference.rotary_embedding import rotary_embedding as rotary_reference
@@ -119,6 +120,16 @@ def test_ties_and_every_step_have_the_bits_of_the_reference(gpu, dtype):
     rows = torch.cat((steps.clamp(-largest, largest).view(4, -1), torch.full((4, 1), largest)), 1)  # the scale is 1
     for actual, expected in zip(quantize_rows(rows.to(gpu), dtype), rows_reference(rows, dtype), strict=True):
         assert same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "group"), [(256, 128), (250, 128), (1100, 128), (70, 32), (640, 256)])
+def test_groups_of_a_row_have_the_bits_of_the_reference(gpu, size, group, dtype):
+    rows = random((3, size), dtype) * torch.tensor([1e-4, 1.0, 300.0])[:, None].to(dtype)
+    rows[1, :group] = 0
+    numbers, scale = quantize_rows(rows.to(gpu), torch.float8_e4m3fn, group=group)
+    expected, expected_scale = quantize_groups(rows, torch.float8_e4m3fn, group)
+    assert same_bits(numbers, expected) and same_bits(scale, expected_scale.T.contiguous())
 
 
 @pytest.mark.parametrize("dtype", SCALED)

@@ -23,7 +23,7 @@ from torchinfer.kernels.cuda.matmul_kernel import matmul_kernel
 from torchinfer.kernels.cuda.matrix import as_matrix
 from torchinfer.kernels.cuda.quantize_rows import quantize_rows
 from torchinfer.kernels.cuda.quantized_matmul import quantized_matmul
-from torchinfer.kernels.cuda.tiles import Tiles, choose_tiles
+from torchinfer.kernels.cuda.tiles import Product, Tiles, choose_tiles
 from torchinfer.kernels.cuda.tuned_table import ROWS, Launch, Tuned, load_table, save_entry
 from torchinfer.kernels.cuda.tuning import least_library_rows, search
 from torchinfer.kernels.reference.dequantize import dequantize
@@ -32,7 +32,7 @@ from torchinfer.quantized_weight import QuantizedWeight
 from torchinfer.testing import assert_close
 
 OUTPUTS, INPUTS = 40, 512
-TUNED = Tuned(4, {8: Launch(32, 1, 3), 16: Launch(64, 2, 5), 128: Launch(64, 4, 2)})
+TUNED = Tuned(4, {8: Launch(32, 1, 3), 16: Launch(64, 2, 5), 128: Launch(64, 4, 2, 1)})
 ENTRY = {
     "format": "int8",
     "outputs": OUTPUTS,
@@ -40,8 +40,9 @@ ENTRY = {
     "matrices": 1,
     "splits": 4,
     "library_rows": 0,
-    "launches": {"8": {"outputs": 32, "warps": 1, "stages": 3}},
+    "launches": {"8": {"outputs": 32, "warps": 1, "stages": 3, "per_processor": 0}},
 }
+WALKING = {"outputs": 64, "warps": 8, "stages": 3, "per_processor": 1}
 
 
 def make_weight(name: str = "int8") -> QuantizedWeight:
@@ -92,7 +93,7 @@ def test_no_table_makes_splits_depend_on_rows() -> None:
     tiles = [choose_tiles(product, rows, 132, TUNED) for rows in range(1, 65)]
     assert {one.splits for one in tiles} == {4} and {one.inputs for one in tiles} == {128}
     assert {(one.rows, one.outputs, one.num_warps) for one in tiles} > {(8, 32, 1), (16, 64, 2)}
-    assert choose_tiles(product, 65, 132, TUNED) == Tiles(128, 64, 64, 4, 2)
+    assert choose_tiles(product, 65, 132, TUNED) == Tiles(128, 64, 64, 4, 2, per_processor=1)
 
 
 def test_an_entry_that_is_saved_again_is_replaced_and_others_stay(tmp_path: Path) -> None:
@@ -110,8 +111,20 @@ def test_an_entry_that_is_saved_again_is_replaced_and_others_stay(tmp_path: Path
         (ENTRY | {"splits": True}, "splits .* is True"),
         (ENTRY | {"outputs": 0}, r"outputs of .* is 0, but must be a whole number above 0"),
         (ENTRY | {"launches": {"7": {}}}, "rows of .* is '7', but must be one of"),
-        (ENTRY | {"launches": {"8": {"outputs": 32}}}, "8 rows of .* an object of outputs, warps, stages"),
-        (ENTRY | {"launches": {"8": {"outputs": 48, "warps": 2, "stages": 3}}}, "outputs for 8 rows of .* is 48"),
+        (
+            ENTRY | {"launches": {"8": {"outputs": 32}}},
+            "8 rows of .* an object of outputs, warps, stages, per_processor",
+        ),
+        (ENTRY | {"launches": {"8": WALKING | {"outputs": 48}}}, "outputs for 8 rows of .* is 48"),
+        (ENTRY | {"launches": {"128": WALKING | {"per_processor": 3}}}, "per_processor for 128 rows of .* is 3"),
+        (
+            ENTRY | {"launches": {"64": WALKING}},
+            "per_processor for 64 rows of .* is 1, but must be 0 but for 128 rows of",
+        ),
+        (
+            ENTRY | {"launches": {"128": WALKING}, "matrices": 2},
+            "per_processor for 128 rows of .* 0 but .* of one matrix",
+        ),
         (ENTRY | {"library_rows": 64}, "library_rows of .* is 64, but must be a whole number above 64, or 0 for never"),
         ({"format": "int8"}, "an entry of a card is .* an object of format, inputs, launches"),
         (None, "an entry of a card is None"),
@@ -139,6 +152,7 @@ def test_the_search_finds_the_fastest_launches_that_fit(gpu: str) -> None:
     weight = make_weight("int4")
     matrix = as_matrix(on(gpu, weight))
     best = {8: (32, 1, 2), 16: (64, 2, 5), 32: (128, 4, 3), 64: (32, 8, 4), 128: (64, 4, 2)}
+    walking = {128: 2}
     inputs = {rows: make_input(rows) for rows in ROWS}
     expected = {rows: x.double() @ dequantize(weight).double().T for rows, x in inputs.items()}
 
@@ -149,12 +163,26 @@ def test_the_search_finds_the_fastest_launches_that_fit(gpu: str) -> None:
             return None
         outputs, warps, stages = best[rows]
         lost = (tiles.outputs != outputs) + (tiles.num_warps != warps) + (tiles.num_stages != stages) / 2
+        lost += (tiles.per_processor != walking.get(rows, 0)) / 4
         wanted = 1 if rows == 64 else 2  # what three of four want is what all get
         return 1.0 + lost + (0.5 * (tiles.splits != wanted) if rows < 128 else 0)
 
     product = product_of(inputs[8].to(gpu), matrix)
-    expected_launches = {rows: Launch(*choice) for rows, choice in best.items()}
+    expected_launches = {rows: Launch(*choice, walking.get(rows, 0)) for rows, choice in best.items()}
     assert search(product, 132, seconds, lambda rows: None) == Tuned(2, expected_launches)
+
+
+def test_the_search_asks_for_programs_that_walk_over_tiles_of_many_rows_of_one_matrix() -> None:
+    asked: set[tuple[int, int, int]] = set()
+
+    def seconds(rows: int, tiles: Tiles) -> float:
+        asked.add((product.num_matrices, rows, tiles.per_processor))
+        return 1.0
+
+    for num_matrices in (1, 8):
+        product = Product("int8", 4096, 4096, num_matrices, 2, 0, False)
+        search(product, 132, seconds, lambda rows: None)
+    assert {one for one in asked if one[2]} == {(1, 128, 1), (1, 128, 2)}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +194,10 @@ def test_the_library_has_all_rows_from_those_on_where_it_is_faster(wins: tuple[i
     assert least_library_rows(tiles, lambda rows, _: 2.0, lambda rows: None) == 0
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("fp8_w8a8", torch.bfloat16), ("fp8_w8a8", torch.float16), ("fp8", None)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("fp8_w8a8", torch.bfloat16), ("fp8_w8a8", torch.float16), ("fp8_block_w8a8", torch.bfloat16), ("fp8", None)],
+)
 def test_products_of_many_rows_are_the_library_s_if_the_table_says_so(
     name: str, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +214,7 @@ def test_products_of_many_rows_are_the_library_s_if_the_table_says_so(
     for rows in (255, 256):
         x = make_input(rows).to("meta", dtype or torch.bfloat16)
         assert quantized_matmul(x, weight).shape == (rows, 32)
-    is_library_s = dtype == torch.bfloat16
+    is_library_s = name == "fp8_w8a8" and dtype == torch.bfloat16
     assert launched.count("matmul_kernel") == (1 if is_library_s else 2)
 
 
@@ -199,11 +230,12 @@ def test_on_a_gpu_the_library_computes_the_same(gpu: str) -> None:
 
 def test_the_script_writes_a_table(tmp_path: Path) -> None:
     script, path = Path(__file__).parents[2] / "benchmarks" / "cuda_tune.py", tmp_path / "table.json"
-    command = [sys.executable, str(script), "--tiny", "--schemes", "int8", "--out", str(path)]
+    command = [sys.executable, str(script), "--tiny", "--schemes", "int8,fp8_block_w8a8", "--out", str(path)]
     done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    ((key, tuned),) = load_table(path).items()
-    assert key == ("cpu", "int8", 40, 256, 1) and set(tuned.launches) == set(ROWS)
+    found = load_table(path)
+    assert set(found) == {("cpu", name, 40, 256, 1) for name in ("int8", "float8_e4m3fn-g128-rows")}
+    assert all(set(tuned.launches) == set(ROWS) for tuned in found.values())
 
 
 def test_a_launch_that_does_not_compile_is_passed_over(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ def tolerance(weight: QuantizedWeight, dtype: torch.dtype) -> torch.dtype:
         ("int8_w8a8", torch.float32),
         ("int4_w4a8", torch.bfloat16),
         ("fp8_w8a8", torch.bfloat16),
+        ("fp8_block_w8a8", torch.bfloat16),
+        ("fp8_block_w8a8", torch.float32),
     ],
 )
 def test_linear_on_xla_equals_the_reference(name: str, dtype: torch.dtype) -> None:

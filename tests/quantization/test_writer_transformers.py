@@ -59,7 +59,7 @@ def test_transformers_computes_the_same_logits(scheme: Any, llama: Path, tmp_pat
     assert_close(theirs(tmp_path / "out"), ours(llama, scheme))
 
 
-@pytest.mark.parametrize("scheme", ["int8_w8a8", "fp8_w8a8", "int4_w4a8"])
+@pytest.mark.parametrize("scheme", ["int8_w8a8", "fp8_w8a8", "fp8_block_w8a8", "int4_w4a8"])
 def test_with_rounded_inputs_the_weights_are_the_same(scheme: str, llama: Path, tmp_path: Path) -> None:
     quantize_checkpoint(llama, tmp_path / "out", scheme)
     rounded = theirs(tmp_path / "out")

@@ -33,7 +33,7 @@ class Scheme:
     values: torch.dtype  # int8, float8_e4m3fn, or uint8: two numbers of 4 bits
     row_block: int = 1  # outputs that share a scale
     column_block: int | None = None  # inputs that share a scale; None: all
-    activations: str = "none"  # or int8, fp8
+    activations: str = "none"  # or int8, fp8: each token by a scale of its own, in e4m3 one for each column_block
     has_zero: bool = False
     has_group_index: bool = False
     has_input_scale: bool = False
@@ -118,6 +118,10 @@ def _int4(name: str, group: int, activations: str = "none") -> Scheme:
     return Scheme(name=name, values=torch.uint8, column_block=group, activations=activations)
 
 
+def _fp8_block(name: str, activations: str = "none") -> Scheme:
+    return Scheme(name=name, values=torch.float8_e4m3fn, row_block=128, column_block=128, activations=activations)
+
+
 # Name -> scheme, of those that a checkpoint can be quantized to while it is loaded.
 SCHEMES = {
     scheme.name: scheme
@@ -126,7 +130,8 @@ SCHEMES = {
         Scheme(name="int8_w8a8", values=torch.int8, activations="int8"),
         Scheme(name="fp8", values=torch.float8_e4m3fn),
         Scheme(name="fp8_w8a8", values=torch.float8_e4m3fn, activations="fp8"),
-        Scheme(name="fp8_block", values=torch.float8_e4m3fn, row_block=128, column_block=128),
+        _fp8_block("fp8_block"),
+        _fp8_block("fp8_block_w8a8", "fp8"),
         _int4("int4", 128),
         _int4("int4_g64", 64),
         _int4("int4_g32", 32),

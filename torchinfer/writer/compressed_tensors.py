@@ -112,7 +112,10 @@ def _group(scheme: Scheme) -> dict[str, Any]:
         weights |= {"strategy": "group", "group_size": scheme.column_block}
     inputs = None
     if scheme.activations != "none":
-        inputs = {**_numbers(kind, 8, is_dynamic=True), "strategy": "token", "group_size": None}
+        # In e4m3 inputs are rounded in groups where weights are.
+        group = scheme.column_block if scheme.activations == "fp8" else None
+        strategy = "token" if group is None else "group"
+        inputs = {**_numbers(kind, 8, is_dynamic=True), "strategy": strategy, "group_size": group}
     return {"format": format_of(scheme), "weights": weights, "input_activations": inputs, "output_activations": None}
 
 

@@ -66,9 +66,9 @@ void size_matrix(Matrix& matrix, int32_t format, int64_t outputs, int64_t inputs
 }
 
 // Two experts, rows in odd numbers, inputs in no whole step.
-void put_linear(std::vector<Outcome>& results, int32_t format, int32_t activations, int32_t dtype, bool has_zeros) {
+void put_linear(std::vector<Outcome>& results, int32_t format, int32_t activations, int32_t dtype, bool has_zeros,
+                bool has_groups) {
     constexpr int64_t kOutputs = 130, kRows = 12;
-    const bool has_groups = format == kFormatInt4;
     const int64_t inputs = has_groups ? 96 : 75;
     Matrix matrix;
     size_matrix(matrix, format, kOutputs, inputs, has_groups ? 32 : inputs, 2);
@@ -190,12 +190,14 @@ std::vector<Outcome> outcomes() {
     std::vector<Outcome> results;
     for (const int32_t dtype : kDtypes) {
         for (int32_t format = kFormatFloat32; format <= kFormatFp8; ++format) {
-            put_linear(results, format, kAsTheyAre, dtype, false);
+            put_linear(results, format, kAsTheyAre, dtype, false, format == kFormatInt4);
         }
-        put_linear(results, kFormatInt4, kAsTheyAre, dtype, true);
-        put_linear(results, kFormatInt8, kRoundedToInt8, dtype, false);
-        put_linear(results, kFormatInt4, kRoundedToInt8, dtype, true);
-        put_linear(results, kFormatFp8, kRoundedToFp8, dtype, false);
+        put_linear(results, kFormatInt4, kAsTheyAre, dtype, true, true);
+        put_linear(results, kFormatInt8, kRoundedToInt8, dtype, false, false);
+        put_linear(results, kFormatInt4, kRoundedToInt8, dtype, true, true);
+        for (const bool has_groups : {false, true}) {
+            put_linear(results, kFormatFp8, kRoundedToFp8, dtype, false, has_groups);
+        }
         put_rotary(results, dtype);
         put_activations(results, dtype);
         for (const int32_t cache_dtype : kCaches) put_attention(results, dtype, cache_dtype);

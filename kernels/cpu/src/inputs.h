@@ -3,7 +3,8 @@
 //
 //   integers   q = round(x / s) in base 128: one plane where inputs are rounded to int8, two (15 bits) for bf16 and
 //              float16, three (21 bits) for float32. Products and sums are exact, so the only error is that of q
-//   bf16       one plane for bf16, two for float16, three for float32: x = high + middle + low
+//   bf16       one plane for bf16, two for float16, three for float32: x = high + middle + low. Inputs that are rounded
+//              to fp8 are one plane; in groups they are multiplied by their scale first, and are then as others
 //   floats     one plane, where the machine has no products of bf16
 //
 // In a tile of R rows times planes: [step][R][inputs of a step].
@@ -60,11 +61,11 @@ inline float largest_magnitude(const T* x, int64_t count) {
     return as_float(static_cast<uint32_t>(largest(most)));
 }
 
-// The number by which a row is divided: given, or so that its largest one becomes `limit`. NaN and infinity stay.
+// The number by which `count` inputs of a row are divided: given, or so that its largest one becomes `limit`. NaN and infinity stay.
 template <class T>
-inline float row_scale(const PackedWeight& weight, const T* x, float limit) {
+inline float row_scale(const PackedWeight& weight, const T* x, int64_t count, float limit) {
     if (weight.input_scale != nullptr) return *weight.input_scale;
-    const float scale = largest_magnitude(x, weight.inputs) / limit;
+    const float scale = largest_magnitude(x, count) / limit;
     return scale < kSmallestScale ? kSmallestScale : scale;
 }
 
@@ -84,7 +85,7 @@ template <int kStep, int kPlanes, class T>
 inline float integer_row(const PackedWeight& weight, const T* x, const RowTarget& target, int32_t* sums) {
     constexpr float kLimit = kPlanes == 1 ? 127.0f : kPlanes == 2 ? 127.0f * 128 : 127.0f * 128 * 128;
     const int64_t end = padded_inputs(weight), groups = num_groups(weight), group = groups > 1 ? weight.group : end;
-    const float scale = row_scale(weight, x, kLimit);
+    const float scale = row_scale(weight, x, weight.inputs, kLimit);
     const F divisor = set(scale), limit = set(kLimit), lowest = set(-kLimit);
     for (int64_t g = 0; g < groups; ++g) {
         I totals[kPlanes];
@@ -129,12 +130,15 @@ inline F quantize_to_fp8(F value, float scale) {
 template <int kStep, int kPlanes, class T>
 inline float float_row(const PackedWeight& weight, const T* x, const RowTarget& target) {
     const int64_t end = padded_inputs(weight);
-    const bool is_rounded = weight.activations == kRoundedToFp8;
-    const float scale = is_rounded ? row_scale(weight, x, 448.0f) : 1.0f;
+    const bool is_rounded = weight.activations == kRoundedToFp8, is_in_groups = is_rounded_in_groups(weight);
+    const int64_t group = is_in_groups ? weight.group : end;
+    float scale = 1.0f;
     for (int64_t k = 0; k < end; k += 16) {
         const int64_t count = weight.inputs - k;
+        if (is_rounded && k % group == 0) scale = row_scale(weight, x + k, count < group ? count : group, 448.0f);
         F value = count > 0 ? load_some(x + k, count) : zero_float();
         if (is_rounded) value = quantize_to_fp8(value, scale);
+        if (is_in_groups) value = mul(value, set(scale));
         for (int plane = 0; plane < kPlanes; ++plane) {
             if constexpr (kHasBf16Products && kStep == 2) {
                 Bf16 lanes[16];
@@ -148,7 +152,7 @@ inline float float_row(const PackedWeight& weight, const T* x, const RowTarget& 
             }
         }
     }
-    return scale;
+    return is_in_groups ? 1.0f : scale;
 }
 
 }  // namespace

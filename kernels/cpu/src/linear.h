@@ -346,12 +346,13 @@ template <class Format>
 int32_t linear_format(Pool& threads, const Linear& task) {
     constexpr bool kHasPlanes = Format::kIsInteger || (kHasBf16Products && Format::kStep == 2);
     if constexpr (kHasPlanes) {
-        // Rounded inputs are whole numbers or e4m3fn, which bf16 holds: one plane.
-        if (task.weight->activations == kAsTheyAre && task.dtype == kFloat32) {
+        // Rounded inputs are whole numbers or e4m3fn, which bf16 holds: one plane. In groups they have their scale.
+        const bool has_scale = task.weight->activations == kAsTheyAre || is_rounded_in_groups(*task.weight);
+        if (has_scale && task.dtype == kFloat32) {
             return linear_passes<Format, 3>(threads, task);
         }
         const int64_t bits_of_plane = Format::kIsInteger ? 7 : 8, bits = task.dtype == kFloat16 ? 11 : 8;
-        if (task.weight->activations == kAsTheyAre && bits > bits_of_plane) {
+        if (has_scale && bits > bits_of_plane) {
             return linear_passes<Format, 2>(threads, task);
         }
     }

@@ -20,6 +20,7 @@ namespace torchinfer {
 class Pool;
 
 enum Format : int32_t { kFormatFloat32 = 0, kFormatBf16 = 1, kFormatInt8 = 2, kFormatInt4 = 3, kFormatFp8 = 4 };
+// Rounded by a scale for each row; to fp8, where the matrix has groups, by one for each group of a row.
 enum Activations : int32_t { kAsTheyAre = 0, kRoundedToInt8 = 1, kRoundedToFp8 = 2 };
 
 constexpr int64_t kBlock = 64;
@@ -44,6 +45,9 @@ constexpr int64_t step_bytes(int32_t format) { return format == kFormatFp8 ? 128
 inline int64_t num_blocks(const PackedWeight& weight) { return (weight.outputs + kBlock - 1) / kBlock; }
 inline int64_t num_groups(const PackedWeight& weight) {
     return weight.group >= weight.inputs ? 1 : (weight.inputs + weight.group - 1) / weight.group;
+}
+inline bool is_rounded_in_groups(const PackedWeight& weight) {
+    return weight.activations == kRoundedToFp8 && num_groups(weight) > 1;
 }
 inline int64_t padded_inputs(const PackedWeight& weight) {
     const int64_t groups = num_groups(weight);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchinfer.loader import Checkpoint, load_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
 from torchinfer.models.layers import Linear
+from torchinfer.quantization import QuantizedMatrix
 from torchinfer.testing import PagedDriver, save_random_checkpoint
 
 SIZES: dict[str, Any] = {
@@ -87,6 +88,15 @@ class Bed:
         """Ours, of the quantized checkpoint."""
         self.folder()
         return self.logits_of(self.load())
+
+    def logits_of_whole_inputs(self) -> Tensor:
+        """`logits`, with inputs as they are where the checkpoint has them rounded."""
+        self.folder()
+        model = self.load()
+        for module in model.modules():
+            if isinstance(module, QuantizedMatrix):
+                module.scheme = replace(module.scheme, activations="none")
+        return self.logits_of(model)
 
     def logits_of(self, model: Decoder) -> Tensor:
         """Of the prompt that the reference gets too."""

@@ -21,6 +21,7 @@ GROUP = {"strategy": "group", "group_size": 32}
 TOKEN = {"strategy": "token", "dynamic": True}
 ASYMMETRIC = {"symmetric": False}
 ORDER = {"actorder": "group"}
+BLOCK = {"strategy": "block", "block_structure": [32, 32]}
 WEIGHT_ONLY = {
     "int8 packed": ("pack-quantized", {**INT8, "strategy": "channel"}),
     "int8 packed asymmetric": ("pack-quantized", {**INT8, "strategy": "channel", **ASYMMETRIC}),
@@ -35,7 +36,7 @@ WEIGHT_ONLY = {
     "int4 groups order": ("pack-quantized", {**INT4, **GROUP, **ORDER}),
     "int4 groups asymmetric order": ("pack-quantized", {**INT4, **GROUP, **ASYMMETRIC, **ORDER}),
     "fp8": ("naive-quantized", {**FP8, "strategy": "channel"}),
-    "fp8 blocks": ("float-quantized", {**FP8, "strategy": "block", "block_structure": [32, 32]}),
+    "fp8 blocks": ("float-quantized", {**FP8, **BLOCK}),
     "fp8 blocks that cut parts": ("float-quantized", {**FP8, "strategy": "block", "block_structure": [64, 32]}),
 }
 STATIC = {"strategy": "tensor", "dynamic": False}
@@ -47,6 +48,8 @@ WITH_INPUTS = {
     "int8 groups": ("int-quantized", {**INT8, **GROUP}, {**INT8, **TOKEN}),
     "int8 static": ("int-quantized", {**INT8, "strategy": "channel"}, {**INT8, **STATIC}),
     "fp8": ("float-quantized", {**FP8, "strategy": "channel"}, {**FP8, **TOKEN}),
+    "fp8 blocks": ("float-quantized", {**FP8, **BLOCK}, {**FP8, **GROUP, "dynamic": True}),
+    "fp8 blocks, tokens": ("float-quantized", {**FP8, **BLOCK}, {**FP8, **TOKEN}),
     "fp8 static": ("float-quantized", {**FP8, "strategy": "tensor"}, {**FP8, **STATIC}),
 }
 
@@ -129,7 +132,11 @@ def test_products_equal_those_of_rounded_inputs(bed, case):
         expected = []
         for layer in bed.matrices(name):
             numbers = bed.numbers[layer]
-            inputs = rounded(x[numbers.shape[1]], case.startswith("fp8"), scales.get(layer))
+            inputs = x[numbers.shape[1]]
+            if case == "fp8 blocks":
+                inputs = torch.cat([rounded(group, True, None) for group in inputs.split(32, 1)], 1)
+            elif case != "fp8 blocks, tokens":  # those stay as they are
+                inputs = rounded(inputs, case.startswith("fp8"), scales.get(layer))
             expected.append(inputs @ numbers.T)
         assert_close(product, torch.cat(expected, 1))
 

@@ -67,9 +67,34 @@ def rounded(x: Tensor, scale: float | None, bound: float = 1e30) -> Tensor:
     return torch.stack(rows)
 
 
-def test_logits_with_blocks_equal_those_of_transformers_numbers(bed):
+def in_groups(x: Tensor, size: int) -> Tensor:
+    """Inputs as the numbers that they are rounded to, each group of a token by its largest."""
+    return torch.cat([rounded(group, None) for group in x.split(size, 1)], 1)
+
+
+def test_numbers_of_blocks_equal_those_of_transformers(bed):
     bed.quantize(in_blocks, BLOCKS)
-    assert_close(bed.logits(), bed.expected_logits())
+    assert_close(bed.logits_of_whole_inputs(), bed.expected_logits())
+
+
+@pytest.mark.parametrize("block", [[32, 32], [64, 32], [32, 64]], ids=str)
+def test_products_of_blocks_equal_those_of_inputs_rounded_in_groups(bed, block):
+    """Also where blocks of outputs do not begin with k and v, and where a group is all inputs of a matrix."""
+
+    def quantize(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows, columns = block
+        blocks = weight.view(len(weight) // min(rows, len(weight)), -1, weight.shape[1] // columns, columns)
+        scale = blocks.abs().amax((1, 3)) / 448
+        values = (blocks / scale[:, None, :, None]).to(FP8)
+        numbers = values.float() * scale[:, None, :, None]
+        return {".weight": values.view(weight.shape), ".weight_scale_inv": scale}, numbers.view(weight.shape)
+
+    bed.quantize(quantize, {**BLOCKS, "weight_block_size": block})
+    x = {inputs: torch.randn(5, inputs) * torch.rand(inputs) ** 4 for inputs in (64, 128)}
+    for name, product in bed.products(x.__getitem__):
+        matrices = [bed.numbers[layer] for layer in bed.matrices(name)]
+        inputs = in_groups(x[matrices[0].shape[1]], block[1])
+        assert_close(product, torch.cat([inputs @ numbers.T for numbers in matrices], 1))
 
 
 def test_blocks_taller_than_a_matrix_take_no_more_memory(bed):
@@ -79,13 +104,13 @@ def test_blocks_taller_than_a_matrix_take_no_more_memory(bed):
         return {".weight": values, ".weight_scale_inv": scale}, values.float() * scale.repeat_interleave(32, 1)
 
     bed.quantize(in_one_row, {**BLOCKS, "weight_block_size": [10**12, 32]})
-    assert_close(bed.logits(), bed.expected_logits())
+    assert_close(bed.logits_of_whole_inputs(), bed.expected_logits())
 
 
 def test_experts_in_blocks_are_read(make_bed):
     bed = make_bed("qwen3-moe")
     bed.quantize(in_blocks, {**BLOCKS, "scale_fmt": "ue8m0"})
-    assert_close(bed.logits(), bed.expected_logits())
+    assert_close(bed.logits_of_whole_inputs(), bed.expected_logits())
 
 
 def test_scales_of_blocks_may_be_bfloat16(bed):
@@ -96,7 +121,7 @@ def test_scales_of_blocks_may_be_bfloat16(bed):
         return found, truth._dequantize_one(found[".weight"], found[".weight_scale_inv"].float())
 
     bed.quantize(quantize, BLOCKS)
-    assert_close(bed.logits(), bed.expected_logits())
+    assert_close(bed.logits_of_whole_inputs(), bed.expected_logits())
 
 
 @pytest.mark.parametrize(

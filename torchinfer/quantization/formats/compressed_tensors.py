@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from torchinfer.quantization.formats.compressed_layer import CompressedLayer
-from torchinfer.quantization.formats.fp8 import BLOCKS_NOTE, TOKENS_NOTE
+from torchinfer.quantization.formats.fp8 import TOKENS_NOTE
 from torchinfer.quantization.formats.layout import Check, Format, all_zeros
 from torchinfer.quantization.formats.settings import Settings
 
@@ -41,6 +41,10 @@ MERGED |= {"up_proj": "gate_up_proj", "w1": "w13", "w3": "w13"}
 ZERO_POINTS: dict[str, Check] = {".weight_zero_point": all_zeros, ".input_zero_point": all_zeros}
 # Scales of quantized keys and values, for caches of another dtype than ours.
 CACHE_SCALES = r".*\.self_attn\.([kvq]_scale|[kvq]_zero_point|[kv]_proj\.output_(scale|zero_point))"
+BLOCKS_NOTE = (
+    "weights in blocks are multiplied with inputs as they are, unless these are rounded to fp8 in groups as wide as a "
+    "block: nearer to the unquantized model"
+)
 CACHE_NOTE = "kv_cache_scheme: its scales are not used; keys and values are cached as kv_cache_dtype says"
 
 
@@ -120,7 +124,7 @@ def _read_group(group: Settings, kind: str) -> CompressedLayer | None:
     weights.must_be("dynamic", False)
     order = weights.choice("actorder", ("weight", "static", "group", "dynamic", False), False)
     strategy, size = _strategy(weights)
-    activations, is_static = _activations(inputs, weights, type_, strategy)
+    activations, is_static = _activations(inputs, weights, type_, strategy, size)
     if type_ == "float" and has_zero:
         group.problems.append(f"{weights.path}symmetric=False is not supported with type='float'")
     has_groups = strategy == "group" and (type_ == "float" or is_static)
@@ -159,7 +163,9 @@ def _strategy(weights: Settings) -> tuple[str, tuple[int, int] | None]:
     return strategy, block if strategy == "block" else None
 
 
-def _activations(inputs: Settings | None, weights: Settings, type_: str, strategy: str) -> tuple[str, bool]:
+def _activations(
+    inputs: Settings | None, weights: Settings, type_: str, strategy: str, size: tuple[int, int] | None
+) -> tuple[str, bool]:
     """What inputs are rounded to, and whether with a scale that the checkpoint has."""
     if inputs is None:
         return "none", False
@@ -171,7 +177,8 @@ def _activations(inputs: Settings | None, weights: Settings, type_: str, strateg
     known = ("token", "tensor", "group") if is_dynamic else ("tensor",)
     own = inputs.choice("strategy", known, "tensor" if group is None else "group")
     if strategy == "block" and is_dynamic:
-        return "none", False
+        is_by_block = own == "group" and type_ == "float" and size is not None and group == size[1]
+        return ("fp8" if is_by_block else "none"), False
     if own == "group" or strategy == "block":
         inputs.problems.append(
             f"{inputs.path}strategy={own!r} with weights of strategy={strategy!r} is not supported; inputs in groups "
@@ -192,9 +199,9 @@ def _finish(weights: Settings, inputs: Settings | None) -> None:
 
 
 def _notes(recipe: CompressedLayer) -> Iterator[str]:
-    if recipe.strategy == "block":
+    if recipe.strategy == "block" and recipe.activations == "none":
         yield BLOCKS_NOTE
-    elif recipe.activations != "none" and not recipe.is_static:
+    elif recipe.strategy != "block" and recipe.activations != "none" and not recipe.is_static:
         yield TOKENS_NOTE
 
 

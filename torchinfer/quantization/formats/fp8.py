@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 FP8 = (torch.float8_e4m3fn,)
 LARGEST_BOUND = torch.finfo(torch.float32).max
 UNQUANTIZED = (*FLOATS, torch.float64)
-BLOCKS_NOTE = (
-    "weights in fp8 blocks are multiplied with inputs as they are, not rounded to fp8: nearer to the unquantized model"
+SCALES_NOTE = (
+    "scales of inputs are not rounded to powers of two, as scale_fmt ue8m0 would have them: nearer to the inputs"
 )
 TOKENS_NOTE = "inputs are rounded with a scale for each token, not one for all tokens of a step: nearer to them"
 
@@ -62,7 +62,9 @@ class Fp8:
         if self.block is not None:
             block_rows, block_columns = self.block
             row_block, groups = own_row_block(part_rows, block_rows), -(-columns // block_columns)
-            scheme = Scheme(name="fp8", values=FP8[0], row_block=row_block, column_block=block_columns)
+            scheme = Scheme(
+                name="fp8", values=FP8[0], row_block=row_block, column_block=block_columns, activations="fp8"
+            )
             repeats = block_rows if row_block == 1 else 1
             scale = scale_source(self.scale, lambda rows: ((-(-rows // block_rows), groups),), repeats)
             return named(scheme), (values, scale)
@@ -80,8 +82,7 @@ class Fp8:
 
 def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     """quant_method fp8."""
-    # How scales were rounded changes nothing: the tensors hold them as numbers.
-    settings.skip("scale_fmt ignored_layers modules_to_not_convert quant_method quantization_status")
+    settings.skip("ignored_layers modules_to_not_convert quant_method quantization_status")
     settings.must_be("fmt", "e4m3", "e4m3fn", "float8_e4m3fn")
     settings.must_be("modules_to_convert", [])
     settings.must_be("dequantize", False)
@@ -95,7 +96,11 @@ def read(settings: Settings, dtypes: Mapping[str, torch.dtype]) -> Format:
     input_scale = ".activation_scale" if ".activation_scale" in suffixes else ".input_scale"
     recipe = Fp8(scale, input_scale if is_static else None, block)
     ignored = (*settings.names("modules_to_not_convert"), *settings.names("ignored_layers"))
-    notes = () if is_static else (TOKENS_NOTE,) if block is None else (BLOCKS_NOTE,)
+    # How scales of weights were rounded changes nothing: the tensors hold them as numbers.
+    has_rounded_scales = settings.get("scale_fmt") == "ue8m0"
+    notes: tuple[str, ...] = ()
+    if not is_static:
+        notes = (TOKENS_NOTE,) if block is None else (SCALES_NOTE,) if has_rounded_scales else ()
     return Format("fp8", partial(by_dtype, recipe, dtypes, ignored), notes=notes)
 
 
