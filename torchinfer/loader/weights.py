@@ -149,22 +149,10 @@ def load_weights(
         ConfigError: `options.memory` is too little for a tensor, or `peers` do not fit the shard.
         DeviceError: the device's memory does not suffice.
     """
-    if device.type == "xla":
-        assert shard.world == 1, "several chips are one process's: divided.py"
-        report = load_weights(
-            model,
-            checkpoint,
-            dtype,
-            HOST,
-            progress,
-            options,
-            smoothing=smoothing,
-            deliver=Deliver(partial(_put, device)),
-        )
-        _move_buffers(model, device)
-        return report
     start = time.perf_counter()
-    load = _prepare(model, checkpoint, dtype, device, options, shard, peers, smoothing, deliver)
+    assert device.type != "xla" or shard.world == 1, "several chips are one process's: divided.py"
+    assembled_on = HOST if device.type == "xla" else device
+    load = _prepare(model, checkpoint, dtype, assembled_on, options, shard, peers, smoothing, deliver or _sent(device))
     is_shown = progress and sys.stderr.isatty()
     load.run(is_shown)
     if deliver is None:
@@ -174,6 +162,11 @@ def load_weights(
     if is_shown:
         print(report, file=sys.stderr)
     return report
+
+
+def _sent(device: torch.device) -> Deliver | None:
+    """To XLA, whose tensors are not written in parts."""
+    return Deliver(partial(_put, device)) if device.type == "xla" else None
 
 
 def _put(device: torch.device, name: str, tensor: Tensor) -> Tensor:
