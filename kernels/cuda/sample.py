@@ -193,7 +193,7 @@ def search(
     high, found = tl.max(tops, 0), tl.cast(0.0, tl.float32)  # nothing is above the largest
     middle = tl.maximum(high - NEAR * temperature, low * 0.5 + high * 0.5)
     while low < high:
-        middle = tl.where(middle < high, middle, low)
+        middle = tl.where(middle < high, tl.maximum(middle, low), low)  # whatever rounding does, one of them moves
         amount, below, above = sweep(row, size, temperature, tops, middle, IS_MASS, BLOCK, BLOCKS)
         if amount < limit:
             high, found = below, amount
