@@ -389,9 +389,9 @@ def grouped_gated_matmul(
 def quantized_matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     """x times the transposed quantized matrix.
 
-    x: [N, I], finite; weight: [O, I]. Where the weight asks for quantized activations, each row of x is rounded to
-    nearest by its largest value, or by the weight's input_scale; integers are summed in int32, all else in float32.
-    Returns [N, O] in x's dtype. Source: arXiv 2208.07339 (per token and channel), 2209.05433 (e4m3).
+    x: [N, I], finite; weight: [O, I]. Where the weight asks for it, each row of x, or each `input_group` of a row, is
+    rounded to nearest by its largest value, or by the weight's input_scale; integers are summed in int32, all else in
+    float32. Returns [N, O] in x's dtype. Source: arXiv 2208.07339, 2209.05433 (e4m3), 2412.19437 (groups).
     """
     return _port("quantized_matmul", x)(x, weight)
 
