@@ -18,8 +18,9 @@ import json
 import os
 from dataclasses import dataclass
 
-from torchinfer import aot, kernels
+from torchinfer import aot
 from torchinfer.attention_bundles import AttentionBundles
+from torchinfer.kernels import tpu_attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 SHAPES = {  # query heads, KV heads, head size; on one chip
@@ -65,7 +66,7 @@ def ours(heads: int, kv_heads: int, size: int, dtype: str, chip: str) -> Block:
 
     compiled = aot.compile_jax(attention, arguments, TOPOLOGIES[chip], dump_bundles=True)
     kernel = max(compiled.kernels.values(), key=lambda kernel: kernel.num_bundles)
-    counted = AttentionBundles(kernel, kernels.attention_blocks(heads, kv_heads, size, dtype, config.num_cores))
+    counted = AttentionBundles(kernel, tpu_attention.attention_blocks(heads, kv_heads, size, dtype, config.num_cores))
     flops = 2 * 2 * config.rows(config.tile_tokens) * config.prefill_chunk * PAGE_SIZE * config.key_width
     return Block(
         config.block_tokens,

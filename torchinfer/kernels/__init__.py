@@ -15,12 +15,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from torchinfer.attention_bundles import AttentionBlocks
-from torchinfer.batch import Batch, KernelPages, KVCache, SamplingTensors
-from torchinfer.device import dtype_name
+from torchinfer.batch import Batch, KVCache, SamplingTensors
 from torchinfer.errors import ConfigError
 from torchinfer.layer_parts import AttentionParts, FusedAttention, FusedMLP, MLPParts
 from torchinfer.quantized_weight import PreparedWeight, QuantizedWeight
@@ -154,38 +151,6 @@ def _preparing_module(where: Tensor, name: str) -> Any:
     """That module of the folder for a tensor's device; None where the folder prepares nothing by itself."""
     folder = _find_folder(where.device.type)
     return importlib.import_module(f"torchinfer.kernels.{folder}.{name}") if folder in PREPARING[name] else None
-
-
-def kernel_pages(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, num_cores: int
-) -> KernelPages | str:
-    """The pages of the TPU's attention kernel for a layer's heads, or why it cannot take them. Needs no TPU."""
-    layout = importlib.import_module("torchinfer.kernels.tpu.page_layout")
-    name = dtype_name(dtype)
-    problem: str | None = layout.head_problem(num_heads, num_kv_heads, name)
-    if problem is not None:
-        return problem
-    return KernelPages(name, layout.PageLayout(num_kv_heads, head_dim, name).num_rows, layout.PAGE_SIZE, num_cores)
-
-
-def attention_blocks(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, num_cores: int) -> AttentionBlocks:
-    """What the TPU's attention kernel over pages of a dtype does at once. Imports jax, and needs no TPU."""
-    pages = importlib.import_module("torchinfer.kernels.tpu.page_layout")
-    layout = pages.PageLayout(num_kv_heads, head_dim, dtype)
-    attention = importlib.import_module("torchinfer.kernels.tpu.ragged_attention")
-    config = attention.make_config(layout, num_heads, num_cores=num_cores)
-    return AttentionBlocks(
-        fetch_pages=config.fetch_pages,
-        decode_chunk=config.decode_chunk,
-        prefill_chunk=config.prefill_chunk,
-        prefill_tokens=config.prefill_tokens,
-        num_tiles=config.num_tiles,
-        copies_at_once=importlib.import_module("torchinfer.kernels.tpu.ragged_attention_kernel").COPIES_AT_ONCE,
-        num_kv_heads=num_kv_heads,
-        group_tokens=layout.group_tokens,
-        has_scales=layout.scale_rows > 0,
-        page_tokens=pages.PAGE_SIZE,
-    )
 
 
 def load_page_attention() -> None:

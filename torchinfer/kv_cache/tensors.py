@@ -12,6 +12,7 @@ from torchinfer import kernels, spmd
 from torchinfer.batch import KernelPages, KVCache
 from torchinfer.device import has_dtype
 from torchinfer.errors import ConfigError, DeviceError
+from torchinfer.kernels import tpu_attention
 from torchinfer.loader import memory
 from torchinfer.models.config import ModelConfig
 from torchinfer.spmd import STACKED
@@ -51,7 +52,7 @@ def kernel_pages(model: ModelConfig, dtype: torch.dtype, num_cores: int | None) 
     cannot take the model's heads or the dtype, which one line of the log says."""
     if num_cores is None:
         return None
-    found = kernels.kernel_pages(model.num_heads, model.num_kv_heads, model.head_dim, dtype, num_cores)
+    found = tpu_attention.kernel_pages(model.num_heads, model.num_kv_heads, model.head_dim, dtype, num_cores)
     if isinstance(found, str):
         logger.info("attention gathers pages, since the TPU's kernel cannot take them: %s", found)
         return None

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torchinfer import aot, kernels
+from torchinfer import aot
 from torchinfer.attention_bundles import AttentionBundles
 from torchinfer.kernel_calls import KernelCall, compile_kernels, kernel_calls, kernel_grid, sizes_of
+from torchinfer.kernels import tpu_attention
 from torchinfer.planner.footprint import Footprint
 
 ATTENTION = "ragged_paged_attention"
@@ -84,7 +85,9 @@ def _attention(call: KernelCall, kernel: aot.Kernel, part: Footprint, num_cores:
     cores."""
     config, pages = part.config, part.pages
     assert pages is not None, "the kernel attends over no other cache"
-    blocks = kernels.attention_blocks(config.num_heads, config.num_kv_heads, config.head_dim, pages.dtype, num_cores)
+    blocks = tpu_attention.attention_blocks(
+        config.num_heads, config.num_kv_heads, config.head_dim, pages.dtype, num_cores
+    )
     num_tokens, num_rows = sizes_of(call.results[0])[0], sizes_of(call.operands[PAGE_TABLE])[0]
     num_decodes = min(num_rows, num_tokens)
     num_prefills = -(-(num_tokens - num_decodes) // blocks.prefill_tokens)
