@@ -93,6 +93,15 @@ def test_temperature_zero_is_greedy_in_a_mixed_batch() -> None:
 
 
 @pytest.mark.parametrize("any_filter", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_without_a_distribution_is_greedy(value: float, any_filter: bool) -> None:
+    logits = torch.randn(2, 30)
+    logits[0, 7] = value
+    p = params(2, top_k=5, top_p=0.9) if any_filter else params(2)
+    assert sample(logits, p, any_filter=any_filter)[0] == greedy(logits)[0] == 7
+
+
+@pytest.mark.parametrize("any_filter", [False, True])
 def test_a_row_alone_gives_what_it_gives_in_a_batch(any_filter: bool) -> None:
     logits = torch.randn(16, 301)
     p = params(16, temperature=0.9, top_k=40, top_p=0.95, uniform=torch.rand(16))

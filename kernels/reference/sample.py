@@ -22,8 +22,8 @@ def sample(logits: Tensor, params: SamplingTensors, any_filter: bool) -> Tensor:
     cumulative = torch.softmax(scaled, -1).cumsum(-1)
     target = params.uniform * cumulative[:, -1]
     index = (cumulative <= target[:, None]).sum(-1).int()
-    # Rounding can put the target onto the total; no token is beyond it then.
-    is_outside = index >= logits.shape[-1]
+    # Rounding can put the target onto the total; no token is beyond it then. Of NaN and infinity there is no total.
+    is_outside = (index >= logits.shape[-1]) | ~torch.isfinite(target)
     return torch.where(is_greedy | is_outside, greedy(logits), index)
 
 
