@@ -72,8 +72,8 @@ def unless_stalled(
     for number in range(1, max_stalls + 1):
         trial, results, errors = Trial(), list[Result](), list[BaseException]()
         thread = threading.Thread(target=_run, args=(call, trial, results, errors), name="header", daemon=True)
-        thread.start()
         try:
+            thread.start()  # where Ctrl-C may come, too
             _wait(thread, trial, stop)
         finally:
             trial.attempts.stop.set()
