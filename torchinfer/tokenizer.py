@@ -45,8 +45,9 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer | None:
-        """The tokenizer of a checkpoint's folder; None if the folder has no tokenizer files.
+    def from_folder(cls, path: str | Path, *, address: str | None = None) -> Tokenizer | None:
+        """The tokenizer of a checkpoint's folder; None if the folder has no tokenizer files. `address`: what errors
+        call the folder, where it holds copies.
 
         Raises:
             CheckpointError: there are files, but no fast tokenizer can be made of them without running their code.
@@ -60,12 +61,12 @@ class Tokenizer:
             tokenizer = load(str(path), trust_remote_code=False, use_fast=True, local_files_only=True)
         except Exception as error:  # the files decide which of transformers' and Rust's exceptions comes
             raise CheckpointError(
-                f"cannot load the tokenizer of {path}: {error}; its files must make a tokenizer that transformers' "
-                "AutoTokenizer loads with trust_remote_code=False"
+                f"cannot load the tokenizer of {address or path}: {error}; its files must make a tokenizer that "
+                "transformers' AutoTokenizer loads with trust_remote_code=False"
             ) from error
         if not tokenizer.is_fast:
             raise CheckpointError(
-                f"the tokenizer of {path} is a {type(tokenizer).__name__}, which has no fast version; add a "
+                f"the tokenizer of {address or path} is a {type(tokenizer).__name__}, which has no fast version; add a "
                 "tokenizer.json to the folder"
             )
         return cls(tokenizer)

@@ -24,6 +24,7 @@ from torchinfer.loader import Checkpoint, LoadOptions, load_model
 from torchinfer.loader.folder import FileReader, FolderSource
 from torchinfer.loader.gcs import GcsSource
 from torchinfer.loader.memory import allocate
+from torchinfer.loader.mount import Mount
 from torchinfer.loader.retry import RetryPolicy
 from torchinfer.loader.source import FileStat
 from torchinfer.models.config import ModelConfig
@@ -45,6 +46,7 @@ CONFIG = {
 WriteRaw = Callable[..., Path]
 WriteShards = Callable[..., Path]
 OnRead = Callable[[Callable[[int], object]], None]
+HangIn = Callable[[str, Path], None]
 
 
 @pytest.fixture
@@ -156,6 +158,48 @@ def on_read(monkeypatch: pytest.MonkeyPatch) -> OnRead:
         monkeypatch.setattr(os, "preadv", preadv)
 
     return install
+
+
+@pytest.fixture
+def short_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs is given up after 0.2 s."""
+    monkeypatch.setattr("torchinfer.loader.stall.STALL_SECONDS", 0.2)
+
+
+@pytest.fixture
+def hang() -> Iterator[threading.Event]:
+    """What hanging calls wait for; set at the end, when all threads must end too."""
+    event = threading.Event()
+    yield event
+    event.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("header", "doctor")):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def hang_in(monkeypatch: pytest.MonkeyPatch, hang: threading.Event) -> HangIn:
+    """hang_in(name, path): from now on os.`name` of this path waits for `hang`."""
+
+    def install(name: str, path: Path) -> None:
+        whole = getattr(os, name)
+
+        def hanging(first: Any, *arguments: Any, **options: Any) -> Any:
+            if str(first) == str(path):
+                hang.wait(60)
+            return whole(first, *arguments, **options)
+
+        monkeypatch.setattr(os, name, hanging)
+
+    return install
+
+
+@pytest.fixture
+def network_mounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder is on a mount over a network."""
+    mount = Mount("0:0", "/", "fuse.gcsfuse", "bucket", ())
+    monkeypatch.setattr("torchinfer.loader.folder.mount_of", lambda path: mount)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torchinfer.errors import CheckpointError, ConfigError
 from torchinfer.loader.advice import Facts
 from torchinfer.loader.doctor import Diagnosis, diagnose
 from torchinfer.loader.mount import mount_of
+from torchinfer.loader.stall import StalledError
+
+HangIn = Callable[[str, Path], None]
 
 
 @pytest.fixture
@@ -76,6 +80,14 @@ def test_seconds_out_of_range_are_refused(folder: Path, seconds: float) -> None:
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere' does not exist"):
         diagnose(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_that_cannot_be_opened_because_its_mount_hangs_is_refused(
+    folder: Path, hang_in: HangIn, short_stalls: None
+) -> None:
+    hang_in("stat", folder)
+    with pytest.raises(StalledError, match=f"cannot open {folder}: nothing came for 0.2 s; check the storage"):
+        diagnose(str(folder))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from torchinfer.errors import CheckpointError
-from torchinfer.loader import inspect
 from torchinfer.loader.header import FIRST_BYTES
+from torchinfer.loader.inspect import inspect
 
 Write = Callable[..., Path]
 

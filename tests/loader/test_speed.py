@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,8 +15,11 @@ from torchinfer.errors import CheckpointError
 from torchinfer.loader.folder import FileReader, FolderSource
 from torchinfer.loader.source import ALIGNMENT, DirectUnsupportedError, FileStat, TransientError
 from torchinfer.loader.speed import Piece, Row, Speed, SpeedTest
+from torchinfer.loader.stall import StalledError
 
 MIB = 1 << 20
+OnRead = Callable[[Callable[[int], object]], None]
+HangIn = Callable[[str, Path], None]
 
 
 class Recorder(FolderSource):
@@ -157,4 +163,73 @@ def test_a_file_that_changes_meanwhile_is_an_error(folder: Path) -> None:
     (folder / "b.safetensors").write_bytes(bytes(MIB))
     with pytest.raises(CheckpointError, match=r"b\.safetensors was replaced or changed"):
         test.run()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    assert readers_left() == []
+
+
+def test_an_error_of_one_reader_of_several_is_an_error(folder: Path) -> None:
+    source = Recorder(folder)
+    test = SpeedTest(source, 5.0)
+    parts = [*([piece] for piece in _blocks(source, 3)), [Piece("b.safetensors", FileStat(MIB, "another"), 0, MIB)]]
+    with pytest.raises(CheckpointError, match=r"b\.safetensors was replaced or changed"):
+        test.measure(parts, direct=False)
+
+
+# Storage that hangs. Without direct ones, 5 reads are of first bytes, then 1, 4 and 16 readers have one each, then two
+# are again.
+
+
+@pytest.mark.parametrize(
+    ("stalled", "message"),
+    [
+        (1, "cannot read b.safetensors of {folder} with 1 reader: nothing came for 0.2 s; check .* and try again$"),
+        (
+            6,
+            "a.safetensors of {folder} with 1 reader: nothing .* again; measured before: [0-9.]+ ms to the first byte$",
+        ),
+        (7, "with 4 readers: only 491520 bytes came .* byte, [0-9.]+ GB/s with 1 reader$"),
+        (28, "cannot read a.safetensors of {folder} again: only .* GB/s with 16 readers$"),
+    ],
+    ids=["first byte", "one reader", "one of four readers", "again"],
+)
+def test_a_read_that_hangs_is_given_up_with_what_was_measured_before(
+    folder: Path, on_read: OnRead, hang: threading.Event, short_stalls: None, stalled: int, message: str
+) -> None:
+    on_read(lambda number: hang.wait(60) if number == stalled else None)
+    with pytest.raises(StalledError, match=message.format(folder=folder)):
+        measured(Recorder(folder, has_direct=False))
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "message"),
+    [
+        ("scandir", "", "cannot list {folder}: nothing came for 0.2 s; check"),
+        ("stat", "b.safetensors", "cannot look at {folder}/b.safetensors: nothing came for 0.2 s; check"),
+        ("open", "b.safetensors", "cannot read b.safetensors of {folder} with 1 reader: nothing came for 0.2 s; check"),
+    ],
+)
+def test_calls_of_the_system_that_hang_are_given_up(
+    folder: Path, hang_in: HangIn, short_stalls: None, call: str, path: str, message: str
+) -> None:
+    source = Recorder(folder)
+    hang_in(call, folder / path)
+    with pytest.raises(StalledError, match=message.format(folder=folder)):
+        measured(source)
+
+
+def test_ctrl_c_does_not_wait_for_a_read_that_hangs(folder: Path, on_read: OnRead, hang: threading.Event) -> None:
+    has_ended = threading.Event()
+
+    def action(number: int) -> None:
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            hang.wait(60)
+            has_ended.set()
+
+    on_read(action)
+    with pytest.raises(KeyboardInterrupt):
+        measured(Recorder(folder, has_direct=False))
+    assert not has_ended.is_set()
+
+
+def readers_left() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(("header", "doctor"))]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,44 +16,20 @@ from torchinfer.errors import CheckpointError
 from torchinfer.loader import Checkpoint
 from torchinfer.loader.retry import Stopped
 from torchinfer.loader.stall import STALL_BYTES, StalledError, Trial, unless_stalled
+from torchinfer.planner.source import read_source
+from torchinfer.tokenizer_files import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("short_stalls")
 
 SHARDS = [f"model-{number}.safetensors" for number in range(40)]  # more than are read side by side
 WriteShards = Callable[..., Path]
 OnRead = Callable[[Callable[[int], object]], None]
-
-
-@pytest.fixture(autouse=True)
-def short_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchinfer.loader.stall.STALL_SECONDS", 0.2)
-
-
-@pytest.fixture
-def hang() -> Iterator[threading.Event]:
-    """What hanging calls wait for; set at the end, when all threads must end too."""
-    event = threading.Event()
-    yield event
-    event.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("header"):
-            thread.join(10)
-            assert not thread.is_alive()
+HangIn = Callable[[str, Path], None]
 
 
 @pytest.fixture
 def folder(write_shards: WriteShards) -> Path:
     return write_shards({shard: {f"x{number}": torch.full((4,), number)} for number, shard in enumerate(SHARDS)})
-
-
-def hang_in(patch: pytest.MonkeyPatch, name: str, hang: threading.Event, is_hanging: Callable[[Any], bool]) -> None:
-    """os.`name` waits for `hang` where `is_hanging(its first argument)`."""
-    whole = getattr(os, name)
-
-    def hanging(first: Any, *arguments: Any, **options: Any) -> Any:
-        if is_hanging(first):
-            hang.wait(60)
-        return whole(first, *arguments, **options)
-
-    patch.setattr(os, name, hanging)
 
 
 def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -110,9 +84,9 @@ def test_a_configuration_that_hangs_is_an_error_at_once(folder: Path, on_read: O
     ],
 )
 def test_calls_of_the_system_that_hang_are_given_up(
-    folder: Path, hang: threading.Event, monkeypatch: pytest.MonkeyPatch, call: str, path: str, message: str
+    folder: Path, hang_in: HangIn, call: str, path: str, message: str
 ) -> None:
-    hang_in(monkeypatch, call, hang, lambda found: str(found) == str(folder / path))
+    hang_in(call, folder / path)
     with pytest.raises(StalledError, match=message.format(folder=folder)):
         Checkpoint.open(folder)
 
@@ -142,6 +116,48 @@ def test_a_trickle_is_a_stall() -> None:
 
     with pytest.raises(StalledError, match=r"cannot read slowly: only \d+ bytes came for 0.2 s, 3 times"):
         unless_stalled("read slowly", read)
+
+
+def test_what_is_measured_is_tried_once(hang: threading.Event, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        StalledError, match=r"cannot measure: nothing came for 0.2 s; check the storage \(and the mount"
+    ):
+        unless_stalled("measure", lambda trial: hang.wait(60), max_stalls=1)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "message"),
+    [
+        ("stat", "", "cannot open {folder}: nothing came for 0.2 s, 3 times"),
+        ("scandir", "", "cannot list {folder}: nothing came"),
+        ("stat", "tokenizer.json", "cannot read {folder}/tokenizer.json: nothing came"),
+        ("open", "tokenizer.json", "cannot read {folder}/tokenizer.json: nothing came"),
+    ],
+)
+def test_a_tokenizer_on_a_mount_that_hangs_is_given_up(
+    tmp_path: Path, hang_in: HangIn, network_mounts: None, call: str, path: str, message: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    hang_in(call, tmp_path / path)
+    with pytest.raises(StalledError, match=message.format(folder=tmp_path)):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_whose_bytes_hang_is_given_up(
+    tmp_path: Path, on_read: OnRead, hang: threading.Event, network_mounts: None
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    on_read(lambda number: hang.wait(60))
+    with pytest.raises(StalledError, match=f"cannot read {tmp_path}/tokenizer.json: nothing came for 0.2 s, 3 times"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", "config.json"], ids=["folder", "file"])
+def test_a_plan_of_what_hangs_is_given_up(folder: Path, hang_in: HangIn, path: str) -> None:
+    hang_in("stat", folder)
+    with pytest.raises(StalledError, match=f"cannot open {folder}: nothing came for 0.2 s, 3 times"):
+        read_source(folder / path, "auto", None)
 
 
 def test_what_a_call_raises_is_raised_here() -> None:

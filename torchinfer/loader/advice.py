@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchinfer.loader.mount import GCSFUSE_KINDS, Mount
-from torchinfer.loader.speed import Speed
+from torchinfer.loader.speed import Speed, readers_text
 
 MEMORY_KINDS = ("tmpfs", "ramfs")
 CACHED_RATE = 1.0  # GB/s: what is slower is not memory
@@ -133,7 +133,9 @@ def _choose_direct(facts: Facts, num_readers: int) -> tuple[bool | None, str]:
         return False, "O_DIRECT is not supported here"
     if facts.looks_cached:
         return None, "the buffered figures may be of the page cache, so let the loader try by itself"
-    figures = f"{direct:.2f} GB/s around the page cache, {buffered:.2f} GB/s through it, with {_readers(num_readers)}"
+    figures = (
+        f"{direct:.2f} GB/s around the page cache, {buffered:.2f} GB/s through it, with {readers_text(num_readers)}"
+    )
     if direct > buffered * DIRECT_GAIN:
         return True, figures
     return False, f"{figures}; and the page cache serves the next load"
@@ -150,7 +152,7 @@ def _read_ahead(facts: Facts) -> str | None:
     gain, direct, buffered, count = max(gains)
     return (
         f"read-ahead is {size} KiB, and reads around the page cache are {gain:.1f} times as fast as those through it "
-        f"({direct:.2f} and {buffered:.2f} GB/s with {_readers(count)}): {_change_read_ahead(facts)}"
+        f"({direct:.2f} and {buffered:.2f} GB/s with {readers_text(count)}): {_change_read_ahead(facts)}"
     )
 
 
@@ -252,10 +254,6 @@ def _retries(facts: Facts) -> str | None:
         return None
     where = "the sidecar's log; it may lack memory: gke-gcsfuse/memory-limit" if facts.kind == "fuse" else "its log"
     return f"{facts.speed.num_retries} read(s) failed and were repeated: see what the storage says in {where}"
-
-
-def _readers(count: int) -> str:
-    return f"{count} reader" if count == 1 else f"{count} readers"
 
 
 def _gigabytes(num_bytes: int) -> str:

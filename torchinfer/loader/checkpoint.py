@@ -19,7 +19,7 @@ from torchinfer.loader.header import TensorEntry, parse_json, quoted, read_heade
 from torchinfer.loader.retry import PersistentReader, Stopped
 from torchinfer.loader.source import FileStat, Source, is_inside
 from torchinfer.loader.stall import StalledError, Trial, read_file, unless_stalled
-from torchinfer.loader.storage import open_source
+from torchinfer.loader.storage import list_source
 from torchinfer.tokenizer import VOCABULARY_FILES
 
 CONFIG = "config.json"
@@ -104,8 +104,7 @@ def scan(path: str | Path) -> tuple[Checkpoint, list[str]]:
     Raises:
         CheckpointError: the path is no folder that can be listed; nothing can be said about what is in it.
     """
-    source = unless_stalled(f"open {path}", lambda trial: open_source(path))
-    names = unless_stalled(f"list {path}", lambda trial: source.names())
+    source, names = list_source(path)
     problems: list[str] = []
     config = _read_json(source, CONFIG, problems) if CONFIG in names else {}
     if CONFIG not in names:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torchinfer.device import free_memory_bytes
 from torchinfer.errors import ConfigError
 from torchinfer.loader.advice import Facts, Settings, advise, choose_settings, notes
 from torchinfer.loader.folder import FolderSource
-from torchinfer.loader.mount import mount_of, read_ahead_kib
-from torchinfer.loader.speed import SpeedTest
+from torchinfer.loader.mount import read_ahead_kib
+from torchinfer.loader.speed import SpeedTest, readers_text
+from torchinfer.loader.stall import unless_stalled
 from torchinfer.loader.storage import open_source
 
 MAX_SECONDS = 600.0
@@ -56,11 +56,12 @@ def diagnose(address: str, seconds: float = 3.0) -> Diagnosis:
     Raises:
         ConfigError: `seconds` is out of range.
         CheckpointError: there is nothing to measure, or it cannot be read.
+        StalledError: the storage hangs; the message has what was measured until then.
     """
     if not (math.isfinite(seconds) and 0 < seconds <= MAX_SECONDS):
         raise ConfigError(f"seconds={seconds:g} must be more than 0 and at most {MAX_SECONDS:g}")
-    source = open_source(address)
-    mount = mount_of(Path(address)) if isinstance(source, FolderSource) else None
+    source = unless_stalled(f"open {address}", lambda trial: open_source(address), max_stalls=1)
+    mount = source.mount if isinstance(source, FolderSource) else None
     facts = Facts(
         address=source.address,
         kind=source.kind,
@@ -94,8 +95,7 @@ def _table(facts: Facts) -> list[str]:
     rows = [headings]
     for count in facts.counts:
         cells = [facts.rate(count, direct) for direct in (False, True)[: len(headings) - 1]]
-        label = "1 reader" if count == 1 else f"{count} readers"
-        rows.append([label, *("not supported" if cell is None else f"{cell:.3f}" for cell in cells)])
+        rows.append([readers_text(count), *("not supported" if cell is None else f"{cell:.3f}" for cell in cells)])
     if facts.speed.again_rate is not None:
         rows.append(["read again", f"{facts.speed.again_rate:.3f}"])
     return ["".join([f"{row[0]:<12}", *(f"{cell:>15}" for cell in row[1:])]) for row in rows]

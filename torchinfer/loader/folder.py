@@ -106,10 +106,10 @@ class FolderSource(Source):
             raise _fatal("open", self.path, error) from error
         if not stat_module.S_ISDIR(status.st_mode):
             raise CheckpointError(f"{path} is a file; pass the folder that holds it")
-        mount = mount_of(self.path)
-        self.kind, self.is_network = mount.kind, mount.is_network
+        self.mount = mount_of(self.path)
+        self.kind, self.is_network = self.mount.kind, self.mount.is_network
         # Of the device whose files keep their inode numbers; files behind links may be on another one.
-        self._inode_device = status.st_dev if not mount.is_network or mount.kind in NFS_KINDS else None
+        self._inode_device = status.st_dev if not self.is_network or self.kind in NFS_KINDS else None
 
     def names(self) -> list[str]:
         def scan() -> list[str]:

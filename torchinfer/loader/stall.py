@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 60.0  # after which another thread tries, when it brought less than
 STALL_BYTES = 1 << 20  # or a trickle would never end; at that rate 128 MiB, the longest extents, take two hours
-MAX_STALLS = 3  # of one call, or of one extent
+MAX_STALLS = 3  # of one call, or of one extent; of what is measured one: another try would not be the same
 POLL_SECONDS = 0.1
 
 
@@ -60,18 +60,20 @@ class Trial:
         self.progress.count(num_bytes)
 
 
-def unless_stalled(what: str, call: Callable[[Trial], Result], stop: threading.Event | None = None) -> Result:
+def unless_stalled(
+    what: str, call: Callable[[Trial], Result], stop: threading.Event | None = None, max_stalls: int = MAX_STALLS
+) -> Result:
     """What `call` returns or raises. It must write to nothing but memory of its own: several may run at once.
 
     Raises:
-        StalledError: less than STALL_BYTES came in STALL_SECONDS, MAX_STALLS times; `what` says what of which file.
+        StalledError: less than STALL_BYTES came in STALL_SECONDS, `max_stalls` times; `what` says what of which file.
         Stopped: `stop` is set.
     """
-    for number in range(1, MAX_STALLS + 1):
+    for number in range(1, max_stalls + 1):
         trial, results, errors = Trial(), list[Result](), list[BaseException]()
         thread = threading.Thread(target=_run, args=(call, trial, results, errors), name="header", daemon=True)
-        thread.start()
         try:
+            thread.start()  # where Ctrl-C may come, too
             _wait(thread, trial, stop)
         finally:
             trial.attempts.stop.set()
@@ -80,11 +82,11 @@ def unless_stalled(what: str, call: Callable[[Trial], Result], stop: threading.E
         for result in results:
             return result
         came = f"only {trial.progress.num_bytes} bytes" if trial.progress.num_bytes else "nothing"
-        if number < MAX_STALLS:
+        if number < max_stalls:
             logger.warning("cannot %s: %s came for %g s; another thread tries again", what, came, STALL_SECONDS)
+    times = f", {max_stalls} times" if max_stalls > 1 else ""
     raise StalledError(
-        f"cannot {what}: {came} came for {STALL_SECONDS:g} s, {MAX_STALLS} times; check the storage (and the mount) "
-        "and load again"
+        f"cannot {what}: {came} came for {STALL_SECONDS:g} s{times}; check the storage (and the mount) and try again"
     )
 
 

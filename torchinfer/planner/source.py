@@ -15,8 +15,8 @@ from torchinfer.loader.checkpoint import CONFIG, MAX_JSON_BYTES, QUANTIZATION_KE
 from torchinfer.loader.header import TensorEntry, parse_json
 from torchinfer.loader.published import plan_published
 from torchinfer.loader.schemes import HEAD, quantize_model
-from torchinfer.loader.stall import read_file
-from torchinfer.loader.storage import open_source
+from torchinfer.loader.stall import read_file, unless_stalled
+from torchinfer.loader.storage import list_source, open_source
 from torchinfer.models import build_model
 from torchinfer.models.config import ModelConfig
 from torchinfer.models.decoder import Decoder
@@ -90,8 +90,7 @@ def read_source(
 
 
 def _read_folder(path: str) -> Checkpoint:
-    source = open_source(path)
-    if CONFIG not in source.names():
+    if CONFIG not in list_source(path)[1]:
         raise CheckpointError(f"there is no {CONFIG} in {path!r}; pass a folder that has one, or the file itself")
     # Headers of tensors are read where there are any; that they are not, or not all, is no problem here.
     checkpoint, problems = scan(path)
@@ -101,7 +100,7 @@ def _read_folder(path: str) -> Checkpoint:
 
 
 def _read_file(folder: str, name: str) -> Checkpoint:
-    source = open_source(folder)
+    source = unless_stalled(f"open {folder}", lambda trial: open_source(folder))
     config = parse_json(read_file(source, name, MAX_JSON_BYTES), name)
     quantization = next((config[key] for key in QUANTIZATION_KEYS if config.get(key) is not None), None)
     return Checkpoint(source, config, {}, UNREAD, {}, False, quantization)
