@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from torchinfer.errors import ConfigError
+from torchinfer.loader import Checkpoint, LoadOptions
 from torchinfer.loader.header import TensorEntry
+from torchinfer.loader.load_plan import plan_load
 from torchinfer.loader.placement import Placement
 from torchinfer.loader.plan import (
     DEFAULT_MEMORY,
     ROOM_BYTES,
     SMALLEST_EXTENT_BYTES,
+    Extent,
     choose_memory,
     copied_bytes,
     extent_bytes,
     needed_memory,
     plan_extents,
     temporary_bytes,
+    with_short_tail,
 )
 from torchinfer.loader.source import MAX_GAP_BYTES
-from torchinfer.parallel import Cut
+from torchinfer.parallel import WHOLE, Cut
 
 MIB = 1 << 20
+WriteShards = Callable[..., Path]
 
 
 def entries(*shapes: tuple[int, ...], shard: str = "s") -> dict[str, TensorEntry]:
@@ -145,6 +153,55 @@ def test_a_source_may_allow_less_between_two_pieces() -> None:
     del placements["s1"]
     assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=400)) == 1
     assert len(plan_extents(placements, tensors, MIB, max_gap_bytes=399)) == 2
+
+
+def ranges(extents: list[Extent]) -> list[tuple[str, int, int]]:
+    """Shard, begin and end of the bytes of neighbouring extents together."""
+    found: list[tuple[str, int, int]] = []
+    for extent in extents:
+        if found and found[-1][::2] == (extent.shard, extent.begin):
+            found[-1] = (extent.shard, found[-1][1], extent.end)
+        else:
+            found.append((extent.shard, extent.begin, extent.end))
+    return found
+
+
+def test_the_last_extents_are_in_quarters() -> None:
+    tensors = entries(*[(1000, 1000)] * 40)  # 160 MB
+    extents = plan_extents(whole(tensors), tensors, 32 * MIB)
+    found = with_short_tail(extents, 2, MAX_GAP_BYTES)
+    assert found[:-8] == extents[:-2]
+    assert max(extent.num_bytes for extent in found[-8:]) < 0.3 * extents[-1].num_bytes
+    assert ranges(found) == ranges(extents) == [("s", 100, 100 + 40 * 4_000_000)]
+
+
+def test_no_extent_is_cut_below_the_smallest() -> None:
+    tensors = entries((1000, 1000), (1000, 1000), (10, 10))
+    extents = plan_extents(whole(tensors), tensors, SMALLEST_EXTENT_BYTES)
+    assert with_short_tail(extents, 4, MAX_GAP_BYTES) == extents
+
+
+@pytest.mark.parametrize(("is_network", "is_cut"), [(False, True), (True, False)])
+def test_local_files_have_a_short_tail(
+    write_shards: WriteShards,
+    llama_tensors: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    is_network: bool,
+    is_cut: bool,
+) -> None:
+    for name in ("EXTENT_BYTES", "NETWORK_EXTENT_BYTES", "SMALLEST_EXTENT_BYTES"):
+        monkeypatch.setattr(f"torchinfer.loader.plan.{name}", 512 if "SMALLEST" in name else 4096)
+    if is_network:
+        request.getfixturevalue("network_mounts")
+    checkpoint = Checkpoint.open(write_shards({"model.safetensors": llama_tensors}))
+    placements = whole(checkpoint.tensors)
+    plan = plan_load(
+        checkpoint, placements, torch.float32, torch.device("cpu"), WHOLE, LoadOptions(readers=2), None, False
+    )
+    sizes = [extent.num_bytes for extent in plan.extents]
+    assert sum(sizes) == checkpoint.total_bytes
+    assert (max(sizes[-8:]) < 0.5 * sizes[0]) == is_cut
 
 
 def test_a_limit_holds_pinned_buffers_as_they_are_made() -> None:

@@ -23,6 +23,7 @@ from torchinfer.loader.plan import (
     needed_memory,
     plan_extents,
     temporary_bytes,
+    with_short_tail,
 )
 from torchinfer.loader.rounds import Peers
 from torchinfer.loader.sharing import SharedPlan, choose_exchange, plan_shared
@@ -99,10 +100,11 @@ def plan_load(
     shared = _shared(checkpoint, placements, shard, options, peers, block)
     own = {name: placement for name, placement in placements.items() if name not in shared.names}
     length = extent_bytes(is_network, limit - shared.staging_bytes, first, num_bytes)
-    extents = [
-        *shared.own,
-        *plan_extents(own, checkpoint.tensors, length, whole_files, checkpoint.source.max_gap_bytes),
-    ]
+    max_gap = checkpoint.source.max_gap_bytes
+    extents = plan_extents(own, checkpoint.tensors, length, whole_files, max_gap)
+    if not is_network:  # there another request costs more than it brings
+        extents = with_short_tail(extents, first, max_gap)
+    extents = [*shared.own, *extents]
     temporary += copied_bytes(extents, placements, dtype) if device.type == "xla" else 0
     is_pinned = device.type == "cuda"
     lane = buffer_bytes(shared.staging_bytes, is_pinned)

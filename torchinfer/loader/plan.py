@@ -32,6 +32,7 @@ EXTENT_BYTES = 64 << 20  # on local storage
 NETWORK_EXTENT_BYTES = 128 << 20
 SMALLEST_EXTENT_BYTES = 4 << 20
 NO_FILES: Mapping[str, int] = {}
+TAIL_PARTS = 4  # that the last extents of local files are cut into
 TOLERANCE = 0.25  # of an extent that a file's extents may be longer by together: better than one more, short one
 
 
@@ -129,6 +130,20 @@ def plan_extents(
     return [
         extent for shard in sorted(by_shard) for extent in _extents(shard, by_shard[shard], extent_bytes, max_gap_bytes)
     ]
+
+
+def with_short_tail(extents: Sequence[Extent], num_readers: int, max_gap_bytes: int) -> list[Extent]:
+    """The same bytes, the last extents, one for each reader, in parts of at least SMALLEST_EXTENT_BYTES: a reader that
+    finds nothing more to read does not wait for a whole extent of another."""
+    first = max(0, len(extents) - num_readers)
+    tail = [
+        part
+        for extent in extents[first:]
+        for part in _extents(
+            extent.shard, [*extent.pieces], max(SMALLEST_EXTENT_BYTES, extent.num_bytes // TAIL_PARTS), max_gap_bytes
+        )
+    ]
+    return [*extents[:first], *tail]
 
 
 def extent_bytes(is_network: bool, limit: int, num_readers: int, num_bytes: int) -> int:
