@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchinfer.errors import CheckpointError
 from torchinfer.loader import Checkpoint
+from torchinfer.loader.checkpoint import HEADER_READERS
 from torchinfer.loader.retry import Stopped
 from torchinfer.loader.stall import STALL_BYTES, StalledError, Trial, unless_stalled
 from torchinfer.planner.source import read_source
@@ -36,6 +37,14 @@ def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
+@pytest.fixture(params=["disk", "network"])
+def side_by_side(request: pytest.FixtureRequest) -> None:
+    """Headers are read one after the other, or several at once."""
+    if request.param == "network":
+        request.getfixturevalue("network_mounts")
+
+
+@pytest.mark.usefixtures("side_by_side")
 @pytest.mark.parametrize("stalled", [1, 2, 3, 7], ids=["config", "index", "first header", "fifth header"])
 def test_a_read_that_hangs_once_is_tried_by_another_thread(
     folder: Path, on_read: OnRead, hang: threading.Event, caplog: pytest.LogCaptureFixture, stalled: int
@@ -47,6 +56,7 @@ def test_a_read_that_hangs_once_is_tried_by_another_thread(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+@pytest.mark.usefixtures("side_by_side")
 def test_headers_that_hang_for_good_are_an_error_that_names_one(
     folder: Path, on_read: OnRead, hang: threading.Event
 ) -> None:
@@ -65,6 +75,12 @@ def test_headers_that_hang_for_good_are_an_error_that_names_one(
     ):
         Checkpoint.open(folder)
     assert len(numbers) < 3 * len(SHARDS)
+
+
+def test_headers_over_a_network_are_read_side_by_side(folder: Path, on_read: OnRead, network_mounts: None) -> None:
+    together = threading.Barrier(HEADER_READERS)
+    on_read(lambda number: together.wait(10) if 2 < number <= 2 + HEADER_READERS else None)  # 1, 2: JSON files
+    assert len(Checkpoint.open(folder).tensors) == len(SHARDS)
 
 
 def test_a_configuration_that_hangs_is_an_error_at_once(folder: Path, on_read: OnRead, hang: threading.Event) -> None:

@@ -122,8 +122,9 @@ def place(
     A parameter with two names (tied) is filled from the first of them that the checkpoint has; the other's tensors
     are known and left out.
     """
-    state = parameters_of(model)
-    expected = expected_tensors(model)
+    matrices = _matrices(model)
+    state = _parameters(model, matrices)
+    expected = _expected(model, matrices, state)
     chosen: dict[str, Placement] = {}
     missing: list[str] = []
     for names in tied_names(state):
@@ -136,9 +137,9 @@ def place(
                 f"a tensor for parameter {names[0]!r}, which {type(model).__name__}.CHECKPOINT does not name"
             )
     known = {name for placements in expected.values() for name in placements}
-    unexpected = [quoted(name) for name in _unexpected(tensors, known, _ignored(model))]
+    unexpected = [quoted(name) for name in _unexpected(model, [name for name in tensors if name not in known])]
     problems = [*_listed(missing, "missing"), *_listed(unexpected, "unexpected")]
-    is_quantized = any(matrix.sources for matrix in _matrices(model).values())
+    is_quantized = any(matrix.sources for matrix in matrices.values())
     if missing and is_quantized:
         problems[0] += "; quantization_config says that they are there: download the checkpoint again, or correct it"
     if shard.world > 1 and is_quantized:
@@ -155,14 +156,15 @@ def tied_names(state: Mapping[str, Tensor]) -> list[list[str]]:
     return list(names.values())
 
 
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+def _parameters(model: nn.Module, matrices: Mapping[str, QuantizedMatrix]) -> dict[str, Tensor]:
     """What is filled, by name: the state dict, but for quantized matrices that are packed on the way: those are one
     tensor, on meta, of the shape and dtype of what is packed."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    for name, matrix in packed_matrices(model).items():
-        for tensor in matrix.specs:
-            del state[f"{name}.{tensor}"]
-        state[name] = torch.empty(matrix.shape, device="meta")
+    for name, matrix in matrices.items():
+        if not matrix.sources:
+            for tensor in matrix.specs:
+                del state[f"{name}.{tensor}"]
+            state[name] = torch.empty(matrix.shape, device="meta")
     return state
 
 
@@ -177,9 +179,15 @@ def _matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
 
 def expected_tensors(model: nn.Module) -> dict[str, dict[str, Placement]]:
     """Parameter -> checkpoint name -> placement, of everything that CHECKPOINT names."""
-    state = parameters_of(model)
+    matrices = _matrices(model)
+    return _expected(model, matrices, _parameters(model, matrices))
+
+
+def _expected(
+    model: nn.Module, matrices: Mapping[str, QuantizedMatrix], state: Mapping[str, Tensor]
+) -> dict[str, dict[str, Placement]]:
     expected: dict[str, dict[str, Placement]] = {parameter: {} for parameter in state}
-    for name, placement in _all_placements(model, state):
+    for name, placement in _all_placements(model, matrices, state):
         expected[placement.parameter][name] = placement
     for parameter, placements in expected.items():
         shape = state[parameter].shape
@@ -188,17 +196,20 @@ def expected_tensors(model: nn.Module) -> dict[str, dict[str, Placement]]:
     return expected
 
 
-def _all_placements(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Placement]]:
+def _all_placements(
+    model: nn.Module, matrices: Mapping[str, QuantizedMatrix], state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Placement]]:
     table: Mapping[str, Target] = model.CHECKPOINT  # type: ignore[assignment]
-    patterns = [(_regex(target.parameter), name, target) for name, target in table.items()]
-    matrices = _matrices(model)
+    targets: dict[str, list[tuple[str, Target]]] = {}
+    for pattern, target in table.items():
+        targets.setdefault(target.parameter, []).append((pattern, target))
     shapes = {name: tensor.shape for name, tensor in state.items() if name.rpartition(".")[0] not in matrices}
     for parameter, shape in {**shapes, **{name: matrix.shape for name, matrix in matrices.items()}}.items():
         matrix = matrices.get(parameter)
-        for regex, pattern, target in patterns:
-            if match := regex.fullmatch(parameter):
+        for own, numbers in _patterns(parameter):
+            for pattern, target in targets.get(own, ()):
                 rows = _rows(model, parameter, target)
-                for name, expert in _names(pattern, match.groupdict(), shape):
+                for name, expert in _names(pattern, numbers, shape):
                     placement = Placement(parameter, expert, rows, matrix=matrix, convert=target.transform)
                     if matrix is not None and matrix.sources:
                         yield from _sources(name, placement, matrix)
@@ -236,6 +247,14 @@ def _convert(convert: Callable[[Tensor, Shape], Tensor], shape: Shape, tensor: T
     return convert(tensor, shape)
 
 
+def _patterns(parameter: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """What a table may call a parameter, and the numbers in it: its own name, or one with `{layer}` for a number. To
+    match each parameter with each pattern of the table would take as long as to read the headers."""
+    yield parameter, {}
+    for match in re.finditer(NUMBER, parameter):
+        yield f"{parameter[: match.start()]}{{layer}}{parameter[match.end() :]}", {"layer": match[0]}
+
+
 def _names(pattern: str, numbers: Mapping[str, str], shape: tuple[int, ...]) -> Iterator[tuple[str, int | None]]:
     """The checkpoint names that a pattern means for one parameter: one, or one for each expert."""
     for placeholder, number in numbers.items():
@@ -261,13 +280,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def _ignored(model: nn.Module) -> list[re.Pattern[str]]:
-    patterns: Iterable[str] = model.IGNORED  # type: ignore[assignment]
-    return [_regex(pattern) for pattern in patterns]
-
-
-def _unexpected(names: Iterable[str], known: set[str], ignored: list[re.Pattern[str]]) -> list[str]:
-    return [name for name in names if name not in known and not any(regex.fullmatch(name) for regex in ignored)]
+def _unexpected(model: nn.Module, unknown: list[str]) -> list[str]:
+    ignored: Iterable[str] = model.IGNORED  # type: ignore[assignment]
+    regexes = [_regex(pattern) for pattern in ignored] if unknown else []
+    return [name for name in unknown if not any(regex.fullmatch(name) for regex in regexes)]
 
 
 def _with_cut(placement: Placement, state: Mapping[str, Tensor], entry: TensorEntry, shard: Shard) -> Placement:
