@@ -142,7 +142,7 @@ def _add_client(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     parser = _command(commands, "inspect", "tell what a checkpoint holds and needs", INSPECT_EXAMPLES)
-    parser.add_argument("model", metavar="DIR", help="folder of a Hugging Face checkpoint")
+    parser.add_argument("model", metavar="DIR", help="folder of a Hugging Face checkpoint, or gs://bucket/prefix")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.set_defaults(run=_inspect)
 

@@ -91,5 +91,5 @@ def test_a_folder_that_cannot_be_opened_because_its_mount_hangs_is_refused(
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has 0 file\(s\), none of which has 1 MiB"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path} has no files; doctor needs a file of at"):
         diagnose(str(tmp_path))

@@ -28,6 +28,21 @@ def test_a_path_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
         FolderSource(tmp_path / name)
 
 
+def test_an_empty_path_is_no_folder() -> None:
+    with pytest.raises(CheckpointError, match="the path is empty; pass the folder that holds"):
+        FolderSource("")
+
+
+@pytest.mark.parametrize(("path", "has_advice"), [("org/Model-7B", True), ("/org/model", False), ("model", False)])
+def test_what_may_be_a_name_on_the_hub_gets_advice(
+    path: str, has_advice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as found:
+        FolderSource(path)
+    assert ("hf download NAME --local-dir FOLDER" in str(found.value)) == has_advice
+
+
 def test_a_path_that_is_too_long_is_a_checkpoint_error() -> None:
     with pytest.raises(CheckpointError, match="errno 36"):
         FolderSource("x" * 5000)
@@ -35,7 +50,7 @@ def test_a_path_that_is_too_long_is_a_checkpoint_error() -> None:
 
 def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; pass the folder"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors is a file; .* it: {tmp_path}$"):
         FolderSource(tmp_path / "model.safetensors")
 
 

@@ -77,8 +77,17 @@ def test_problems_of_files_and_of_names_come_together(write_shards: Write, llama
 
 def test_an_empty_folder_is_reported(tmp_path: Path) -> None:
     found = inspect(tmp_path)
-    assert found.architecture is None and found.unsupported == "its config.json cannot be read"
+    assert found.architecture is None and found.unsupported == "no config.json says which model it is"
     assert len(found.problems) == 2
+
+
+def test_text_of_a_folder_without_a_checkpoint_has_the_problems_only(tmp_path: Path) -> None:
+    assert [line[:30] for line in inspect(tmp_path).to_text().splitlines()] == [
+        f"no checkpoint:  {tmp_path}"[:30],
+        "problems:",
+        "  - there is no config.json; p",
+        "  - there is neither model.saf",
+    ]
 
 
 def test_a_path_that_is_no_folder_is_an_error(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat as stat_module
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,9 @@ TRANSIENT = {
     errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ECANCELED, errno.ESTALE, errno.ECONNRESET,
     errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EREMOTEIO,
 }  # fmt: skip
+WANTED_FOLDER = "pass the folder that holds config.json and *.safetensors"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ADVICE = "if it is a model of the Hugging Face Hub, download it before: hf download NAME --local-dir FOLDER"
 DEAD_DAEMON = "the FUSE daemon of this mount died: mount it again (in Kubernetes: restart the pod)"
 ADVICE = {
     errno.ENOTCONN: DEAD_DAEMON,
@@ -94,18 +98,19 @@ class FolderSource(Source):
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not str(path):
+            raise CheckpointError(f"the path is empty; {WANTED_FOLDER}")
         self.path = Path(path)
         self.address = str(path)
         try:
             status = _patiently("open", self.path, self.path.stat)
         except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
-            raise CheckpointError(
-                f"{str(path)!r} does not exist; pass the folder that holds config.json and *.safetensors"
-            ) from error
+            hint = f"; {HUB_ADVICE}" if HUB_NAME.fullmatch(str(path)) else ""
+            raise CheckpointError(f"{str(path)!r} does not exist; {WANTED_FOLDER}{hint}") from error
         except OSError as error:
             raise _fatal("open", self.path, error) from error
         if not stat_module.S_ISDIR(status.st_mode):
-            raise CheckpointError(f"{path} is a file; pass the folder that holds it")
+            raise CheckpointError(f"{path} is a file; pass the folder that holds it: {self.path.parent}")
         self.mount = mount_of(self.path)
         self.kind, self.is_network = self.mount.kind, self.mount.is_network
         # Of the device whose files keep their inode numbers; files behind links may be on another one.
@@ -150,6 +155,22 @@ class FolderSource(Source):
         finally:
             _close(descriptor)
         return sum(cached) > len(cached) / 2
+
+    def forget(self, name: str, offset: int, num_bytes: int) -> None:
+        """Drop clean pages from the page cache; the kernel may keep some, such as those that a process has mapped.
+
+        Raises:
+            CheckpointError: the file cannot be opened.
+        """
+        path = self.path / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _fatal("open", path, error) from error
+        try:
+            os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+        finally:
+            _close(descriptor)
 
 
 def _patiently(verb: str, path: Path, call: Callable[[], Result]) -> Result:

@@ -71,7 +71,9 @@ class Inspection:
         return {**dataclasses.asdict(self), "is_usable": self.is_usable}
 
     def to_text(self) -> str:
-        """For people: one fact a line, problems last."""
+        """For people: one fact a line, problems last. Of a folder without a checkpoint there are no facts."""
+        if self.architecture is None and not self.bytes_by_shard:
+            return "\n".join(["no checkpoint:  " + self.path, *_problems(self.problems)])
         facts = {
             "checkpoint": self.path,
             "architecture": self.architecture or "unknown",
@@ -89,10 +91,7 @@ class Inspection:
             f"  {_size(tensor.num_bytes):>9}  {tensor.dtype} {list(tensor.shape)}  {tensor.name}"
             for tensor in self.largest
         ]
-        lines += (
-            ["problems:", *(f"  - {problem}" for problem in self.problems)] if self.problems else ["problems: none"]
-        )
-        return "\n".join(lines)
+        return "\n".join(lines + _problems(self.problems))
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -135,7 +134,7 @@ def inspect(path: str | Path) -> Inspection:
 def _read_config(checkpoint: Checkpoint) -> tuple[ModelConfig | None, str | None]:
     """The model's config, or why there is none."""
     if not checkpoint.config:
-        return None, "its config.json cannot be read"
+        return None, "no config.json says which model it is"
     try:
         return ModelConfig.from_dict(checkpoint.config), None
     except UnsupportedModelError as error:
@@ -174,6 +173,11 @@ def _shape(name: str, key: str, checkpoint: Checkpoint, config: ModelConfig | No
 
 def _large(entry: TensorEntry) -> LargeTensor:
     return LargeTensor(quoted(entry.name)[1:-1], dtype_name(entry.dtype), entry.shape, entry.num_bytes)
+
+
+def _problems(problems: tuple[str, ...]) -> list[str]:
+    """A line each."""
+    return ["problems:", *(f"  - {problem}" for problem in problems)] if problems else ["problems: none"]
 
 
 def _number(value: int | None) -> str:

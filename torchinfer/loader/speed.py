@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import queue
 import statistics
 import threading
@@ -243,19 +242,10 @@ class SpeedTest:
         return num_bytes
 
     def _forget(self, part: list[Piece]) -> None:
-        """Drop clean pages from the page cache; the kernel may keep some, such as those that a process has mapped."""
-        if not isinstance(self._source, FolderSource):
-            return
-        for piece in part:
-            path = self._source.path / piece.name
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.posix_fadvise(descriptor, piece.begin, piece.end - piece.begin, os.POSIX_FADV_DONTNEED)
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise CheckpointError(f"cannot open {path}: {error}; check that it is readable") from error
+        """So that the storage is measured, and not the page cache."""
+        if isinstance(self._source, FolderSource):
+            for piece in part:
+                self._source.forget(piece.name, piece.begin, piece.end - piece.begin)
 
 
 def readers_text(count: int) -> str:
@@ -285,9 +275,10 @@ def _side_by_side(calls: Sequence[Callable[[], Result]]) -> Iterator[Result]:
 
 def _nothing_to_measure(source: Source, num_files: int) -> CheckpointError:
     hint = "; on Cloud Storage FUSE, folders without an object of their own need the mount option implicit-dirs"
+    found = f"has {num_files} file(s), none of which has 1 MiB" if num_files else "has no files"
     return CheckpointError(
-        f"{source.address} has {num_files} file(s), none of which has 1 MiB; doctor needs a file of at least 1 MiB to "
-        f"measure: pass the folder that holds the *.safetensors{hint if source.kind in GCSFUSE_KINDS else ''}"
+        f"{source.address} {found}; doctor needs a file of at least 1 MiB to measure: pass the folder that holds the "
+        f"*.safetensors{hint if source.kind in GCSFUSE_KINDS else ''}"
     )
 
 
