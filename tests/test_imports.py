@@ -24,7 +24,7 @@ HOMES = {
     "jaxlib": ("torchinfer.kernels.tpu", "torchinfer.aot", "torchinfer.aot_compiler"),
     "libtpu": (),
     "triton": ("torchinfer.kernels.cuda",),
-    "ctypes": ("torchinfer.kernels.cpu",),
+    "ctypes": ("torchinfer.kernels.cpu", "torchinfer.loader.memory"),
     "grpc": ("torchinfer.serving",),
     "google": ("torchinfer.serving",),
     "google_crc32c": ("torchinfer.fake_gcs_objects", "torchinfer.loader.checksum"),

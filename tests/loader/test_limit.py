@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from torchinfer.errors import ConfigError
-from torchinfer.loader import Checkpoint, LoadOptions, load_weights
+from torchinfer.loader import Checkpoint, LoadOptions, assembly, load_weights
 from torchinfer.loader.header import TensorEntry
 from torchinfer.loader.placement import PACKED_AT_ONCE_BYTES, SOURCE_COPIES, Placement
 from torchinfer.models.falcon import ungroup
@@ -174,6 +174,13 @@ def test_a_tensor_that_is_turned_stays_within_the_limit_with_what_it_becomes(tmp
     held, reported = load_turned(tmp_path, limit)
     assert 120_000_000 <= reported <= limit
     assert held < limit + 10_000_000
+
+
+def test_after_a_tensor_was_turned_the_heap_is_trimmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed: list[int] = []
+    monkeypatch.setattr(assembly, "trim_heap", lambda: trimmed.append(1))
+    load_turned(tmp_path, 124_000_000)
+    assert trimmed == [1]
 
 
 def test_a_limit_that_it_does_not_fit_in_is_refused_with_the_one_that_will_do(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ import errno
 import itertools
 import mmap
 import os
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -33,6 +36,30 @@ def test_a_kernel_without_large_pages_gives_small_ones(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(mmap, "mmap", Small)
     assert allocate(LARGE_PAGE).fill_(7).sum() == 7 * LARGE_PAGE
+
+
+HOLES = """
+import torch
+from pathlib import Path
+from torchinfer.loader.memory import trim_heap
+def resident():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+def ones(size):
+    return torch.ones(size, dtype=torch.uint8)
+ones(24 << 20)  # from now on as much comes from the heap
+pairs = [(ones(8 << 20), ones(100_000)) for _ in range(12)]
+kept = [small for _, small in pairs]
+del pairs
+before = resident()
+trim_heap()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed")
+def test_what_was_freed_between_small_tensors_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 80 << 20
 
 
 def test_parameters_lie_one_behind_the_other_and_do_not_overlap() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchinfer.device import dtype_name, release_memory
 from torchinfer.errors import CheckpointError, DeviceError
 from torchinfer.loader.device_copies import DeviceCopies
-from torchinfer.loader.memory import Slabs, allocate, padded
+from torchinfer.loader.memory import Slabs, allocate, padded, trim_heap
 from torchinfer.loader.opening import Deliver, OpenTensors
 from torchinfer.loader.placement import Placement, packed_matrices, tied_names
 from torchinfer.loader.plan import Extent, Piece
@@ -133,10 +133,11 @@ class Assembly:
 
     def complete(self, pieces: Iterable[Piece]) -> None:
         """Note that these pieces are in place, and give the model the parameters that are full now."""
-        for piece in pieces:
-            if piece.is_filler:
-                continue
-            parameter = self._placements[piece.entry.name].parameter
+        placements = [self._placements[piece.entry.name] for piece in pieces if not piece.is_filler]
+        if self._device.type != "cuda" and any(placement.convert is not None for placement in placements):
+            trim_heap()  # of what they were converted through
+        for placement in placements:
+            parameter = placement.parameter
             self._remaining[parameter] -= 1
             if self._remaining[parameter] == 0:
                 for tensor in self._tensors_of(parameter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import threading
@@ -37,6 +38,17 @@ def allocate(num_bytes: int) -> Tensor:
         except OSError as error:  # a kernel that was built without them
             logger.debug("no large pages: %s", error)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def trim_heap() -> None:
+    """Let the system have what the C library keeps of freed memory, see malloc_trim(3).
+
+    glibc's heap grows by nearly every large tensor of torch's that is made and freed: they are aligned, and the hole
+    that one leaves is too small for the next.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 @dataclass(slots=True)
