@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from math import prod
@@ -16,11 +18,17 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from tqdm import tqdm
 
 from torchinfer.errors import ConfigError
-from torchinfer.loader import Checkpoint, LoadOptions, assembly, load_weights
-from torchinfer.loader.header import TensorEntry
+from torchinfer.loader import Checkpoint, LoadOptions, assembly, load_weights, weights
+from torchinfer.loader.folder import FolderSource
+from torchinfer.loader.header import TensorEntry, read_header
+from torchinfer.loader.memory import Staging
 from torchinfer.loader.placement import PACKED_AT_ONCE_BYTES, SOURCE_COPIES, Placement
+from torchinfer.loader.plan import Piece, plan_extents
+from torchinfer.loader.readers import Readers
+from torchinfer.loader.tuning import DirectChoice, ReaderCount
 from torchinfer.models.falcon import ungroup
 from torchinfer.quantization import SCHEMES, QuantizedMatrix
 from torchinfer.quantization.formats.awq import Awq
@@ -181,6 +189,51 @@ def test_after_a_tensor_was_turned_the_heap_is_trimmed(tmp_path: Path, monkeypat
     monkeypatch.setattr(assembly, "trim_heap", lambda: trimmed.append(1))
     load_turned(tmp_path, 124_000_000)
     assert trimmed == [1]
+
+
+class WatchedStaging(Staging):
+    """Notes how many bytes of its buffers are alive at once, whoever holds them."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most_alive = 0
+
+    def take(self, num_bytes: int, stop: threading.Event) -> Tensor:
+        buffer = super().take(num_bytes, stop)
+        storage = buffer.untyped_storage()
+        self.alive = {key: found for key, found in self.alive.items() if not found[0].expired()}
+        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.most_alive = max(self.most_alive, sum(size for _, size in self.alive.values()))
+        return buffer
+
+
+class Placed:
+    """An assembly whose memory is elsewhere."""
+
+    def put(self, piece: Piece, content: Tensor) -> None: ...
+
+    def complete(self, pieces: Iterable[Piece]) -> None: ...
+
+    def release(self, buffer: Tensor, give_back: Callable[[Tensor], None]) -> None:
+        give_back(buffer)
+
+    def collect(self) -> None: ...
+
+
+def test_buffers_that_make_room_for_others_are_held_by_nobody(tmp_path: Path) -> None:
+    sizes = [4 << 20, 10 << 20, 24 << 20]  # none fits into another one's buffer, nor all of them into the limit
+    save_file({str(i): torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}, tmp_path / "s")
+    source = FolderSource(tmp_path)
+    stat = source.stat("s")
+    entries = {entry.name: entry for entry in read_header(source, "s", stat)}
+    extents = [plan_extents({name: Placement(name)}, entries, 64 << 20)[0] for name in sorted(entries)]
+    staging = WatchedStaging(26 << 20)
+    count, direct = ReaderCount(1, 1), DirectChoice(False)
+    readers = Readers(source, {"s": stat}, deque(extents), staging, lambda piece: None, count, direct)
+    weights._fill(readers, Placed(), None, tqdm(disable=True))
+    readers.close()
+    assert 24 << 20 <= staging.most_alive <= staging.limit
 
 
 def test_a_limit_that_it_does_not_fit_in_is_refused_with_the_one_that_will_do(tmp_path: Path) -> None:

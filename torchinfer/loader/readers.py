@@ -283,6 +283,7 @@ class Readers:
                 self._finish(job)
             assert found is not None
             self._done.put(found)
+            del job, found  # or their buffer would outlive what the staging memory counts
 
     def _leave(self, job: _Job) -> None:
         """Its reader ends without having read it; whatever it still got is thrown away."""

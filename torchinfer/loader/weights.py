@@ -308,6 +308,7 @@ def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: 
             assembly.complete(filled.extent.pieces)
             if filled.buffer is not None:
                 assembly.release(filled.buffer, readers.staging.give_back)
+                filled.buffer = None  # the staging memory may free it from now on
         assembly.collect()
         if exchange:
             exchange.step()
