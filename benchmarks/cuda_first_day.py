@@ -25,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 15.0  # with less left no step is begun
-TEST_FILES = ("full", "ops", "matmul", "packed", "splits", "fused_rows", "attention", "sample", "models", "tuning")
+TEST_FILES = ("full", "ops", "matmul", "packed", "splits", "fused_rows", "attention", "rotate_and_write", "sample")
+TEST_FILES += ("models", "persistent", "tuning")
 LOOK = """
 import logging, torch, triton, torchinfer
 from torchinfer import kernels

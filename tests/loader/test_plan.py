@@ -187,9 +187,7 @@ def test_local_files_have_a_short_tail(
         request.getfixturevalue("network_mounts")
     checkpoint = Checkpoint.open(write_shards({"model.safetensors": llama_tensors}))
     placements = whole(checkpoint.tensors)
-    plan = plan_load(
-        checkpoint, placements, torch.float32, torch.device("cpu"), WHOLE, LoadOptions(readers=2), None, False
-    )
+    plan = plan_load(checkpoint, placements, torch.device("cpu"), WHOLE, LoadOptions(readers=2), None, None, {})
     sizes = [extent.num_bytes for extent in plan.extents]
     assert sum(sizes) == checkpoint.total_bytes
     assert (max(sizes[-8:]) < 0.5 * sizes[0]) == is_cut
