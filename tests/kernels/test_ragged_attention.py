@@ -149,10 +149,10 @@ def test_a_mixed_step_equals_the_reference_and_writes_the_cache(heads, kv_heads,
     assert_equal(*run(MIXED, heads, kv_heads, size, dtype, **options), dtype)
 
 
-def test_a_sequence_of_8192_tokens_among_60_short_ones():
+def test_a_sequence_of_8192_tokens_among_short_ones():
     """Its first token weighs as much as all others together: they are not lost, though each is far below it."""
-    rows = [(1, size % 90) for size in range(60)]
-    rows.insert(31, (1, 8191))
+    rows = [(1, 5 * size) for size in range(18)]
+    rows.insert(9, (1, 8191))
     actual, expected, pages, expected_pages = run(rows, 2, 1, 64, "int8", fetch_pages=16, sink=math.log(8191))
     np.testing.assert_array_equal(np.asarray(pages)[1:], np.asarray(expected_pages)[1:])
     error = np.abs(actual - expected).max((1, 2)) / np.abs(expected).max((1, 2)).clip(min=1e-6)
