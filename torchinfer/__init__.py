@@ -1,6 +1,5 @@
 """torchinfer: inference for PyTorch models on TPU, GPU and CPU."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from torchinfer.config import EngineConfig
@@ -15,6 +14,7 @@ from torchinfer.errors import (
     TorchinferError,
     UnsupportedModelError,
 )
+from torchinfer.lazy import lazy_names
 from torchinfer.request import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs, Usage
 
 if TYPE_CHECKING:
@@ -48,18 +48,13 @@ __all__ = [
 ]
 
 # Imported when first asked for: they bring torch, which `torchinfer --help` and clients can do without.
-_LAZY = {
+_HOMES = {
     "LLM": "torchinfer.llm",
     "Output": "torchinfer.llm",
     "AsyncEngine": "torchinfer.async_engine",
     "EventStream": "torchinfer.async_engine",
 }
-
-
-def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'torchinfer' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

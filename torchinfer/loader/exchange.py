@@ -166,8 +166,9 @@ class Exchange:
             self._talk([self._operation(dist.isend, part, rank) for rank, part in parts])
             rows = self._rows(piece, self.rounds.shard.rank)
             self._put(piece, rows, _bytes_of(rows, piece, content) if rows else None, is_part=False)
-        assert filled.buffer is not None
-        self.staging.give_back(filled.buffer)
+        buffer = filled.take_buffer()
+        assert buffer is not None
+        self.staging.give_back(buffer)
 
     def _receive(self, item: SharedExtent) -> None:
         if self.tensors is not None and self._error is None:

@@ -53,6 +53,11 @@ class Filled:
         start = piece.offset - base_of(self.extent)
         return self.buffer[start : start + piece.num_bytes]
 
+    def take_buffer(self) -> Tensor | None:
+        """The staging memory, to give it back: who still looks at this object must not keep it from being freed."""
+        buffer, self.buffer = self.buffer, None
+        return buffer
+
 
 @dataclass(slots=True, eq=False)
 class _Job:

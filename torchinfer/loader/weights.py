@@ -306,9 +306,9 @@ def _fill(readers: Readers, assembly: Assembly, exchange: Exchange | None, bar: 
             for piece in filled.staged:
                 assembly.put(piece, filled.bytes_of(piece))
             assembly.complete(filled.extent.pieces)
-            if filled.buffer is not None:
-                assembly.release(filled.buffer, readers.staging.give_back)
-                filled.buffer = None  # the staging memory may free it from now on
+            if (buffer := filled.take_buffer()) is not None:
+                assembly.release(buffer, readers.staging.give_back)
+                del buffer
         assembly.collect()
         if exchange:
             exchange.step()
