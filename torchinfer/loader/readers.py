@@ -222,7 +222,6 @@ class Readers:
                 f"{what}{self._last_error}; {MAX_STALLS} readers tried, and {STALL_BYTES} bytes in that time are the "
                 "least: check the storage (and the mount) and load again"
             )
-        logger.warning("%s: another reader tries again", what)
         job.given_up = now
         job.attempts.stop.set()  # before looking at what it has placed: it looks at this before it reads
         self._jobs.discard(job)
@@ -234,6 +233,7 @@ class Readers:
             self._deferred.add(job)
         else:
             self._again.append(extent)
+        logger.warning("%s: another reader tries again", what)
 
     def _check_silence(self, now: float) -> None:
         """Where nobody gets anything, it does not help to try each extent three times."""
