@@ -14,6 +14,8 @@ import torch
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed jax would look for a TPU
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # torch_xla would take it too, with a line on stderr
+# Programs are small: to compile them takes longer than to run them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, whose own functions look for it
 

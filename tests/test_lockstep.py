@@ -36,8 +36,6 @@ from torchinfer.testing import TINY, save_random_checkpoint
 VOCAB = 50
 SIZES: dict[str, Any] = {"max_num_requests": 8, "max_num_batched_tokens": 16, "max_model_len": 64, "dtype": "float32"}
 FOLLOW = "import sys; from torchinfer.cli import main; sys.exit(main())"
-# To compile fast.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 def parts_of_an_engine(vocab_size: int = VOCAB) -> tuple[Any, ...]:
@@ -199,7 +197,7 @@ def start(index: int, checkpoint: Path, port: int, *arguments: str, **changes: A
     else:
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "progress"]
         command = ["-c", FOLLOW, "serve", f"--model={checkpoint}", "--no-progress", *flags]
-    environment = os.environ | QUICK | names
+    environment = os.environ | names
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *command], env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
 

@@ -28,7 +28,6 @@ pytest.importorskip("torch_xla")
 PROGRAM = Path(__file__).parent / "spmd_program.py"
 ONE_PER_ARCHITECTURE = list({kind: name for name, (kind, _) in TINY.items()}.values())
 SHALLOW = {"num_hidden_layers": 2, "sliding_window_pattern": 2}  # a layer of each kind
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # to compile
 COLLECTIVES = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 RESULTS = rf" = \(?(\w+\[[\d,]+\]).*{COLLECTIVES}"  # the first shape of each
 # 128 inner values and 8 heads: groups of 32 inputs and 8 chips divide them.
@@ -65,7 +64,7 @@ def test_chips_give_the_ids_of_the_cpu_for_every_architecture(
     cases: list[tuple[str, dict[str, Any]]] = [
         (save(tmp_path / name, name, **SHALLOW), {"quantization": quantization}) for name in ONE_PER_ARCHITECTURE
     ]
-    for name, result in zip(ONE_PER_ARCHITECTURE, run(num_chips, False, cases, XLA_FLAGS=QUICK), strict=True):
+    for name, result in zip(ONE_PER_ARCHITECTURE, run(num_chips, False, cases), strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
@@ -80,7 +79,7 @@ def test_eight_chips_divide_quantized_matrices_and_a_vocabulary_that_they_do_not
             {"quantization": "int8", "moe_mode": "capacity", "moe_capacity_factor": 0.8},
         ),
     ]
-    results = run(8, False, cases, XLA_FLAGS=QUICK)
+    results = run(8, False, cases)
     assert len(results) == len(cases)
     for result in results:
         assert result["chips"]["ids"] == result["cpu"]["ids"]
@@ -99,7 +98,7 @@ def test_eight_chips_divide_blocks_that_are_not_llamas_quantized(tmp_path: Path)
     cases: list[tuple[str, dict[str, Any]]] = [
         (save(tmp_path / name, name, **changes), {"quantization": "int8"}) for name, changes in sizes.items()
     ]
-    for name, result in zip(sizes, run(8, False, cases, XLA_FLAGS=QUICK), strict=True):
+    for name, result in zip(sizes, run(8, False, cases), strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], name
 
 
@@ -118,7 +117,7 @@ def test_four_chips_pack_their_parts_of_matrices_for_the_kernels_and_give_the_id
         (moe, {"quantization": None, "dtype": "bfloat16"}),
     ]
     packed = [8, 8, 6, 8, 4]
-    results = run(4, True, [(model, options | {"packs": True}) for model, options in cases], XLA_FLAGS=QUICK)
+    results = run(4, True, [(model, options | {"packs": True}) for model, options in cases])
     for (_, options), result, count in zip(cases, results, packed, strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], options
         assert result["chips"]["compiled"] == 0
@@ -137,7 +136,7 @@ def test_four_chips_have_some_of_the_experts_each_and_give_the_ids_of_the_cpu(tm
         (one, {"dtype": "bfloat16", "packs": True}),
         (two, capacity),
     ]
-    results = run(4, False, [(model, options | {"expert_parallel": True}) for model, options in cases], XLA_FLAGS=QUICK)
+    results = run(4, False, [(model, options | {"expert_parallel": True}) for model, options in cases])
     for (_, options), result in zip(cases, results, strict=True):
         assert result["chips"]["ids"] == result["cpu"]["ids"], options
     assert results[2]["chips"]["packed"][-1].startswith("layers.1.")
@@ -154,7 +153,7 @@ def test_each_chip_edits_draws_and_tells_log_probabilities_of_its_rows(
         tmp_path / "model", "llama-tied", vocab_size=163, **WIDE | sizes | {"hidden_size": 192, "intermediate_size": 96}
     )
     options = {"max_num_batched_tokens": 64}  # soon all eight requests decode together
-    (result,) = run(num_chips, True, [(folder, options)], XLA_FLAGS=QUICK)
+    (result,) = run(num_chips, True, [(folder, options)])
     assert result["chips"]["ids"] == result["cpu"]["ids"]
     assert_equal_logprobs(result)
     assert result["chips"]["compiled"] == 0
@@ -163,7 +162,7 @@ def test_each_chip_edits_draws_and_tells_log_probabilities_of_its_rows(
 def test_a_step_has_two_sums_a_layer_writes_caches_in_place_and_is_compiled_once(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "llama")
     dump = tmp_path / "dump"
-    flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
     options = {"quantization": "int8", "kv_cache_dtype": "int8", "max_num_batched_tokens": 32}  # two buckets
     (result,) = run(2, True, [(folder, options)], XLA_FLAGS=flags)
     assert result["chips"]["ids"] == result["cpu"]["ids"]

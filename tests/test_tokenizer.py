@@ -190,6 +190,21 @@ def test_a_folder_round_trip(tmp_path: Path, family: str) -> None:
     assert tokenizer.encode(TEXTS[4]) == reference(TEXTS[4])["input_ids"]
 
 
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "PreTrainedTokenizerFast", "Qwen2Tokenizer", "Unknown"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen3", "unknown"])
+@pytest.mark.parametrize("family", ["byte_level", "llama_2"])
+def test_the_class_is_that_which_transformers_finds_by_the_models_own_config(
+    tmp_path: Path, family: str, model_type: str, named: str
+) -> None:
+    FAMILIES[family]().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": named}))
+    found, reference = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert found is not None and type(found._tokenizer) is type(reference)
+    assert found.encode(TEXTS[4]) == reference(TEXTS[4])["input_ids"]
+
+
 def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
     byte_level().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -210,6 +225,14 @@ def test_code_of_the_checkpoint_is_not_run(tmp_path: Path) -> None:
 def test_importing_the_module_does_not_import_transformers() -> None:
     code = "import sys, torchinfer.tokenizer; print({'transformers', 'tokenizers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+def test_a_tokenizer_does_not_bring_the_code_of_models() -> None:
+    folder = Path(__file__).parents[1] / "recipes" / "tiny-llama"
+    code = "import sys; from torchinfer.tokenizer import Tokenizer; Tokenizer.from_folder(sys.argv[1]); "
+    code += "print({'accelerate', 'torch_xla', 'transformers.modeling_utils'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
 
 

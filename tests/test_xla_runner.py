@@ -210,7 +210,7 @@ def run_program(
 def test_the_compiled_forward_writes_every_cache_in_place(
     checkpoint: Path, tmp_path: Path, kv_cache_dtype: str, name: str, num_buffers: int
 ) -> None:
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
     run_program(checkpoint, "", kv_cache_dtype, XLA_FLAGS=flags)
     # 1 + 8 requests * 4 pages, 16 tokens, 2 heads of 16: 33,792 values.
     cache = name + r"\[2,33,16,2,16\]"
@@ -226,7 +226,7 @@ def test_the_compiled_forward_writes_every_cache_in_place(
 
 
 def test_the_compiled_forward_writes_the_kernels_pages_in_place(checkpoint: Path, tmp_path: Path) -> None:
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
     run_program(checkpoint, "", "int8", ("pages",), XLA_FLAGS=flags)
     # 1 + 8 requests * 1 page; 2 heads of 16: 4 groups of tokens * 2 tiles * 8 rows, and 8 rows of scales.
     texts = [path.read_text() for path in tmp_path.glob("*after_optimizations.txt")]
