@@ -62,7 +62,7 @@ class BuildLibrary(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         folder = Path(self.build_temp).resolve() / "cpu"
         configure = ["cmake", "-S", str(Path(__file__).resolve().parent), "-B", str(folder)]
-        configure += [f"-DTORCHINFER_OUTPUT={output}", "-DCMAKE_BUILD_TYPE=Release"]
+        configure.append(f"-DTORCHINFER_OUTPUT={output}")
         if shutil.which("ninja") and not (folder / "CMakeCache.txt").exists():
             configure += ["-G", "Ninja"]
         try:

@@ -83,7 +83,7 @@ def test_every_kind_of_block_is_traced(models, name):
 @pytest.mark.parametrize("name", ["gpt-j-6b", "mixtral-8x7b"])
 def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, installed, name):
     """Two all-reduces a layer and one for the embeddings; caches and packed matrices of all chips, one behind the
-    other, of which the kernels see a share."""
+    other, of which the kernels see a share. A step that does not compile is a result with its reason."""
     seen = []
 
     def record(text, topology, **options):
@@ -92,7 +92,7 @@ def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, 
 
     monkeypatch.setattr(compiled.aot, "compile_hlo", record)
     found, options = planned(models, name, "v5e", "2x2", quantization="int8")
-    compile_steps(found, options)
+    decode, _ = compile_steps(found, options)
     text, topology, given = seen[0]
     header = next(line for line in text.splitlines() if "func.func @main(" in line)
     assert text.count("stablehlo.all_reduce") == 5
@@ -100,6 +100,11 @@ def test_chips_that_divide_a_model_run_the_engines_program(models, monkeypatch, 
     assert header.count('tensor<4x128x384xi32> {mhlo.sharding = "{devices=[4,1,1]0,1,2,3}"}') == 2  # q, k and v
     assert text.count("@tpu_custom_call") == 2 * KERNELS_OF_A_LAYER
     assert (topology, given["num_devices"], len(given["donate"])) == ("v5e:2x2", 4, 2)
+    assert (decode.program, decode.error) == (None, explain(HBM))
+    text = to_text(found, [decode])
+    assert "does not compile" in text
+    assert f"v5e 2x2, decode of 8 requests: {decode.error}" in text
+    assert to_dict(found, [decode])["compiled"][0]["error"] == decode.error
 
 
 @pytest.mark.xla
@@ -179,22 +184,6 @@ def check_kernels(step):
     for cycles in ("hbm_cycles", "num_bundles"):
         least = sum(kernel.call.count * getattr(kernel, cycles) for kernel in step.kernels)
         assert 0 < least / chip.clock_hz < step.estimated_seconds
-
-
-@pytest.mark.xla
-def test_a_step_that_does_not_compile_is_a_result_with_its_reason(models, monkeypatch, installed):
-    def refuse(*args, **options):
-        raise ConfigError(HBM)
-
-    monkeypatch.setattr(compiled.aot, "compile_hlo", refuse)
-    found, options = planned(models, "llama-3-8b")
-    decode, _ = compile_steps(found, options)
-    assert decode.program is None
-    assert decode.error == explain(HBM)
-    text = to_text(found, [decode])
-    assert "does not compile" in text
-    assert f"v5e 1x1, decode of 8 requests: {decode.error}" in text
-    assert to_dict(found, [decode])["compiled"][0]["error"] == decode.error
 
 
 @pytest.mark.parametrize(
