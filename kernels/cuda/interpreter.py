@@ -8,6 +8,7 @@ for a card does, it now refuses those that are too narrow for the matrix unit, a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy
@@ -29,6 +30,9 @@ def repair() -> None:
     interpreter.InterpreterBuilder.set_grid_dim = _set_grid
     interpreter.interpreter_builder.codegen_fns["min_dot_size"] = _least_dot
     interpreter._patch_lang_tensor = _patch_tensor
+    interpreter._get_np_dtype = _np_dtype
+    if not hasattr(interpreter, "_LangPatchScope"):  # which undoes it after each call, from Triton 3.6 on
+        interpreter._patch_lang = _patch_once
 
 
 def _cast(self: Any, source: Any, dtype: Any, rounding: Any = None) -> Any:
@@ -124,7 +128,23 @@ def _numbers(handle: Any) -> numpy.ndarray[Any, Any]:
     return bits.view(TORCH_DTYPES[kind]).float().numpy()
 
 
+_dtype_upstream = functools.cache(interpreter._get_np_dtype)
+_patch_lang_upstream = interpreter._patch_lang
 _patch_upstream = interpreter._patch_lang_tensor
+_patched: set[int] = set()  # modules' globals
+
+
+def _np_dtype(kind: Any) -> Any:
+    """Upstream makes its table anew in each operation."""
+    kind = kind.scalar
+    return numpy.dtype(numpy.uint64) if kind.is_ptr() else _dtype_upstream(kind)
+
+
+def _patch_once(function: Any) -> None:
+    """Upstream looks for what to patch in each call of each function, a kernel's own ones too."""
+    if id(function.__globals__) not in _patched:
+        _patch_lang_upstream(function)
+        _patched.add(id(function.__globals__))
 
 
 def _patch_tensor(tensor: Any, *scope: Any) -> None:  # which Triton 3.6 adds
