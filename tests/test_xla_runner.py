@@ -184,57 +184,60 @@ def test_every_parameter_equals_the_cpu_and_nothing_is_compiled_after_the_warm_u
 PROGRAM = """
 import sys
 from torchinfer import LLM, SamplingParams, startup
-if len(sys.argv) > 4:
-    startup.tensor_cores = lambda device: 0
+import torch_xla.debug.metrics as metrics
 options = dict(device="xla", dtype="float32", max_num_requests=8, max_num_batched_tokens=16, max_model_len=64)
-with LLM(sys.argv[1], compile_cache=sys.argv[2] or None, kv_cache_dtype=sys.argv[3], progress=False, **options) as llm:
-    ids = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=6, temperature=0))[0].token_ids
-    import torch_xla.debug.metrics as metrics
-    loads = metrics.metric_data("PersistentCacheLoad")
-    print(llm.stats().num_compilations, loads[0] if loads else 0, ids)
+checkpoint, cache, *dtypes = sys.argv[1:]
+for dtype in dtypes:
+    if dtype.endswith(" pages"):
+        startup.tensor_cores = lambda device: 0
+        dtype = dtype.removesuffix(" pages")
+    with LLM(checkpoint, compile_cache=cache or None, kv_cache_dtype=dtype, progress=False, **options) as llm:
+        ids = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=6, temperature=0))[0].token_ids
+        loads = metrics.metric_data("PersistentCacheLoad")
+        print(llm.stats().num_compilations, loads[0] if loads else 0, ids)
 """
+CACHES = {"auto": ("f32", 3), "int8": ("s8", 6), "fp8": ("f8e4m3fn", 6)}  # in the program, and buffers in place
 
 
-def run_program(
-    checkpoint: Path, cache: str, kv_cache_dtype: str = "auto", more: tuple[str, ...] = (), **environment: str
-) -> str:
-    command = [sys.executable, "-c", PROGRAM, str(checkpoint), cache, kv_cache_dtype, *more]
+def run_program(checkpoint: Path, cache: str, *kv_cache_dtypes: str, **environment: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, str(checkpoint), cache, *kv_cache_dtypes]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("kv_cache_dtype", "name", "num_buffers"), [("auto", "f32", 3), ("int8", "s8", 6), ("fp8", "f8e4m3fn", 6)]
-)
-def test_the_compiled_forward_writes_every_cache_in_place(
-    checkpoint: Path, tmp_path: Path, kv_cache_dtype: str, name: str, num_buffers: int
-) -> None:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
-    run_program(checkpoint, "", kv_cache_dtype, XLA_FLAGS=flags)
-    # 1 + 8 requests * 4 pages, 16 tokens, 2 heads of 16: 33,792 values.
-    cache = name + r"\[2,33,16,2,16\]"
-    texts = [path.read_text() for path in tmp_path.glob("*after_optimizations.txt")]
-    forwards = [text for text in texts if re.search(cache + r"(\{[^}]*\})? parameter\(", text)]
-    assert forwards, "no program with a cache was dumped"
-    for text in forwards:
+@pytest.fixture(scope="module")
+def compiled(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Programs of engines with each kind of cache, the last with the kernel's pages."""
+    folder = tmp_path_factory.mktemp("compiled")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+    run_program(checkpoint, "", *CACHES, "int8 pages", XLA_FLAGS=flags)
+    return [path.read_text() for path in folder.glob("*after_optimizations.txt")]
+
+
+def forwards_with(cache: str, compiled: list[str], num_buffers: int) -> list[str]:
+    """Programs that have such a parameter; each writes its cache in place."""
+    found = [text for text in compiled if re.search(cache + r"(\{[^}]*\})? parameter\(", text)]
+    assert found, "no program with a cache was dumped"
+    for text in found:
         aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
         assert aliases is not None and aliases.group(1).count("may-alias") == num_buffers, text[:500]
+    return found
+
+
+@pytest.mark.parametrize("kv_cache_dtype", CACHES)
+def test_the_compiled_forward_writes_every_cache_in_place(compiled: list[str], kv_cache_dtype: str) -> None:
+    # 1 + 8 requests * 4 pages, 16 tokens, 2 heads of 16: 33,792 values.
+    name, num_buffers = CACHES[kv_cache_dtype]
+    for text in forwards_with(name + r"\[2,33,16,2,16\]", compiled, num_buffers):
         # XLA:CPU scatters no float8: it does that in float16, in memory of its own.
         if kv_cache_dtype != "fp8":
             assert not copies_of_a_cache(text), "the compiled program copies a cache"
 
 
-def test_the_compiled_forward_writes_the_kernels_pages_in_place(checkpoint: Path, tmp_path: Path) -> None:
-    flags = f"{os.environ['XLA_FLAGS']} --xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
-    run_program(checkpoint, "", "int8", ("pages",), XLA_FLAGS=flags)
+def test_the_compiled_forward_writes_the_kernels_pages_in_place(compiled: list[str]) -> None:
     # 1 + 8 requests * 1 page; 2 heads of 16: 4 groups of tokens * 2 tiles * 8 rows, and 8 rows of scales.
-    texts = [path.read_text() for path in tmp_path.glob("*after_optimizations.txt")]
-    forwards = [text for text in texts if re.search(r"s32\[9,72,128\](\{[^}]*\})? parameter\(", text)]
-    assert forwards, "no program with a cache was dumped"
-    for text in forwards:
-        aliases = re.search(r"input_output_alias=\{(.*?)\}, entry", text, re.S)
-        assert aliases is not None and aliases.group(1).count("may-alias") == 3, text[:500]
+    forwards_with(r"s32\[9,72,128\]", compiled, 3)
 
 
 def copies_of_a_cache(text: str) -> list[str]:
@@ -246,6 +249,6 @@ def copies_of_a_cache(text: str) -> list[str]:
 def test_the_next_start_finds_every_program_in_the_compile_cache(checkpoint: Path, tmp_path: Path) -> None:
     # Found and read: that is all XLA:CPU can do. Its client has no way to load a program; those of TPU and GPU have.
     folder = tmp_path / "programs"
-    num_compiled, num_loaded, *ids = run_program(checkpoint, str(folder)).split(maxsplit=2)
+    num_compiled, num_loaded, *ids = run_program(checkpoint, str(folder), "auto").split(maxsplit=2)
     assert int(num_compiled) == len(list(folder.iterdir())) > 0 and num_loaded == "0"
-    assert run_program(checkpoint, str(folder)).split(maxsplit=2)[1:] == [num_compiled, *ids]
+    assert run_program(checkpoint, str(folder), "auto").split(maxsplit=2)[1:] == [num_compiled, *ids]
