@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -102,7 +103,7 @@ def build_engine(config: EngineConfig, checkpoint: Checkpoint, group: Group | No
     runner = _runner(config, model, kv_caches, page_size, device, max_model_len, memory)
     runner.warm_up(config.progress)
     info = ModelInfo(
-        name=Path(config.model).resolve().name,
+        name=Path(os.path.abspath(config.model)).name,  # asks no mount
         **_identity(checkpoint, model_config, tokenizer),
         num_parameters=num_parameters,
         max_model_len=max_model_len,
