@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in src
 CACHE_DTYPES = {**DTYPES, torch.int8: 3, torch.float8_e4m3fn: 4}  # CacheDtype
 STATUS = {1: "a tensor is not aligned to its elements", 2: "a shape, dtype or size does not fit", 3: "no memory"}
 
+_starting = threading.RLock()  # held while threads of the library are replaced, and until they are counted
 _POINTER, _INT32, _INT64, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 # Name after torchinfer_cpu_ -> arguments, as src/api.cpp has them.
 PROTOTYPES: dict[str, tuple[type, ...]] = {
@@ -60,6 +62,12 @@ def open_library() -> ctypes.CDLL | None:
         ValueError: the machine does not have the level that TORCHINFER_CPU_ISA names, or TORCHINFER_CPU_PINNED is
             neither 0 nor 1.
     """
+    with _starting:
+        return _opened()
+
+
+@functools.cache  # here too: of threads that come at once, one opens it
+def _opened() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(PATH))
     except OSError as error:
@@ -74,8 +82,7 @@ def open_library() -> ctypes.CDLL | None:
     for name in ("level", "levels"):
         getattr(library, f"torchinfer_cpu_{name}").restype = ctypes.c_char_p
     choose_level(library, os.environ.get(ISA_VARIABLE, ""))
-    _start_threads(library, 0, None)
-    threads = library.torchinfer_cpu_num_threads()
+    threads = _start_threads(library, 0, None)
     logger.info("CPU kernels: %s, %d threads", library.torchinfer_cpu_level().decode(), threads)
     return library
 
@@ -109,13 +116,17 @@ def configure(num_threads: int = 0, is_pinned: bool | None = None) -> None:
     _start_threads(loaded(), num_threads, is_pinned)
 
 
-def _start_threads(library: ctypes.CDLL, num_threads: int, is_pinned: bool | None) -> None:
+def _start_threads(library: ctypes.CDLL, num_threads: int, is_pinned: bool | None) -> int:
+    """How many there are; who asks the library itself must know that nobody configures it meanwhile."""
     is_pinned = _is_pinned() if is_pinned is None else is_pinned
-    check(library.torchinfer_cpu_configure(num_threads or min(usable_cpus(), MOST_THREADS), is_pinned))
-    started, wanted = library.torchinfer_cpu_num_threads(), library.torchinfer_cpu_wanted_threads()
+    with _starting:
+        check(library.torchinfer_cpu_configure(num_threads or min(usable_cpus(), MOST_THREADS), is_pinned))
+        started: int = library.torchinfer_cpu_num_threads()
+        wanted: int = library.torchinfer_cpu_wanted_threads()
     if started < wanted:
         rule = "raise its limit of threads (ulimit -u, TasksMax of the service, pids of the container)"
         logger.warning("CPU kernels: the system let %d of %d threads start: %s", started, wanted, rule)
+    return started
 
 
 def _is_pinned() -> bool:

@@ -171,6 +171,24 @@ compute()"""
 
 
 @needs_library
+def test_of_threads_that_come_first_at_once_one_opens_the_library():
+    code = """
+import ctypes
+opened, whole = [], ctypes.CDLL
+def slow(path):
+    opened.append(path)
+    time.sleep(0.2)
+    return whole(path)
+ctypes.CDLL = slow
+threads = [threading.Thread(target=compute) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert opened == [str(library.PATH)], opened"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_library
 def test_several_threads_may_configure_at_once():
     code = """
 library.loaded()
