@@ -24,8 +24,16 @@ def compute():
     x = torch.ones(4096, 64)
     assert torch.allclose(kernels.rms_norm(x, torch.ones(64), 1e-6), x)
 
+def tasks():
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+first = threading.Thread(target=int)  # with which a sanitizer starts one of its own
+first.start()
+first.join()
+OTHERS = tasks() - {os.getpid()}
+
 def affinities():
-    return sorted(sorted(os.sched_getaffinity(int(task.name))) for task in Path("/proc/self/task").iterdir())
+    return sorted(sorted(os.sched_getaffinity(task)) for task in tasks() - OTHERS)
 """
 
 
