@@ -272,7 +272,7 @@ class StopChecker:
 
 def _plain_config(folder: Path) -> Any:
     """A config of transformers' base class with what AutoTokenizer asks one for; None, and it loads the model's own,
-    where a file is missing or broken, or names no class that transformers has.
+    where a file is missing or broken, or the tokenizer's names no class, or one of the checkpoint's own code.
 
     With the model's own comes its code, and with that accelerate and torch_xla where they are installed: two seconds
     and 240 MiB of a process.

@@ -131,7 +131,7 @@ def _numbers(handle: Any) -> numpy.ndarray[Any, Any]:
 _dtype_upstream = functools.cache(interpreter._get_np_dtype)
 _patch_lang_upstream = interpreter._patch_lang
 _patch_upstream = interpreter._patch_lang_tensor
-_patched: set[int] = set()  # modules' globals
+_patched: set[int] = set()  # ids of the globals of modules whose functions were called
 
 
 def _np_dtype(kind: Any) -> Any:

@@ -77,9 +77,10 @@ constexpr int kMostThreads = 1024;
 
 // The process's pool, made at the first call; a forked child makes its own, configured alike.
 Pool& pool();
-// Replaces it; no op may run or begin meanwhile, nor anyone count threads, but others may configure it too. num_threads 0:
-// one for each CPU that the process's affinity has; kernels/cpu/cpus.py knows of quotas. Pinned: each thread to one of these CPUs, but for the
-// caller, whose threads and processes to come would all be on that CPU: the first one is left to it.
+// Replaces it; no op may run or begin meanwhile, nor anyone count threads, but others may configure it too.
+// num_threads 0: one for each CPU that the process's affinity has; kernels/cpu/cpus.py knows of quotas. Pinned: each
+// thread to one of these CPUs, but for the caller, whose threads and processes to come would all be on that CPU: the
+// first one is left to it.
 void configure_pool(int num_threads, bool is_pinned);
 
 // pool().run with a lambda: body(item, thread).
